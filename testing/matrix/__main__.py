@@ -1,0 +1,156 @@
+"""The matrix's command line: ``python -m testing.matrix plan|run|gate``.
+
+Exit status: 0 all is well, 1 a cell or the gate failed, 2 the input cannot be used (one line on stderr says why).
+"""
+
+import argparse
+import json
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from testing.matrix import gate, plan, report, report_html, runner
+from testing.matrix.cells import DEFAULT_MATRIX, Matrix, load_matrix
+from testing.matrix.located import MatrixError
+from testing.matrix.results import FAILED, find_results, write_atomically, write_result
+
+OK, GATE_FAILED, BAD_INPUT = 0, 1, 2
+HOPPER = (9, 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments, load_matrix(arguments.matrix))
+    except MatrixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; run again with --resume to go on from the cells already done", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m testing.matrix", description="The matrix: plan its shards, run it, decide on it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate")
+    planner = commands.add_parser("plan", help="print balanced shards as one line of JSON for GitHub Actions")
+    planner.add_argument("--shards", type=int, required=True, metavar="N", help="number of shards")
+    planner.set_defaults(run=_plan)
+    run = commands.add_parser("run", help="run the cells, or one shard of them, and write results and reports")
+    run.add_argument("--shard", default="1/1", metavar="I/N", help="which shard of how many, counted from 1 (default: %(default)s)")
+    run.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per core, four per GPU)")
+    run.add_argument("--out", type=Path, default=Path("matrix_results"), metavar="DIR", help="where results go (default: %(default)s)")
+    run.add_argument("--seed", type=int, metavar="S", help="repeat an earlier run's random numbers (default: fresh ones)")
+    run.add_argument("--resume", action="store_true", help="go on from the cells that an interrupted run finished")
+    run.set_defaults(run=_run)
+    decide = commands.add_parser("gate", help="merge results and decide; exits with 1 when the gate fails")
+    decide.add_argument("results", nargs="+", metavar="RESULT", help="result files, or folders that hold them")
+    decide.add_argument("--expect-profile", metavar="NAME", help="refuse results of another profile")
+    decide.add_argument("--out", type=Path, metavar="DIR", help="write merged.json, report.html and summary.md there")
+    decide.set_defaults(run=_gate)
+    for command in (planner, run):
+        command.add_argument(
+            "--profile", default="auto", help="cpu, hopper or auto: by whether there is an sm_90 GPU (default: %(default)s)"
+        )
+        command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
+    for command in (planner, run, decide):
+        command.add_argument("--matrix", type=Path, default=DEFAULT_MATRIX, metavar="FILE", help="default: testing/matrix.yaml")
+        command.add_argument("--json", action="store_true", help="JSON on stdout and nothing else (as plan always does)")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    profile = plan.profile_of(matrix, _profile_name(arguments.profile, _hopper_gpus))
+    shards = plan.make_shards(plan.select(matrix, arguments.cells), profile, arguments.shards)
+    print(json.dumps(plan.github_matrix(shards)))
+    return OK
+
+
+def _run(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    index, count = _shard(arguments.shard)
+    gpus = 0 if arguments.profile == "cpu" else _hopper_gpus()
+    profile = plan.profile_of(matrix, _profile_name(arguments.profile, lambda: gpus))
+    if profile.name != "cpu" and gpus == 0:
+        raise MatrixError(f"--profile {profile.name}: needs an sm_90 GPU, and none is visible here")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise MatrixError(f"--jobs {arguments.jobs}: must be at least 1")
+    jobs = arguments.jobs or (min(4 * gpus, _cores()) if gpus else _cores())
+    options = runner.RunOptions(
+        shard_index=index,
+        shard_count=count,
+        out=arguments.out,
+        jobs=jobs,
+        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+        pattern=arguments.cells,
+        resume=arguments.resume,
+        gpus=gpus,
+        command=shlex.join(["python", "-m", "testing.matrix", *sys.argv[1:]]),
+    )
+    from sonicmoe import environment
+
+    setup = runner.default_setup(matrix, profile, "cuda" if gpus else "cpu")
+    result = runner.run_shard(matrix, profile, options, setup, environment.describe())
+    passed = all(cell["status"] != FAILED for cell in result["cells"])
+    _write_reports(arguments.out, matrix, result, passed, stem=f"shard-{index}-of-{count}" if count > 1 else "report")
+    _show(arguments, matrix, result, passed)
+    if not arguments.json:
+        print(f"results and report: {arguments.out}")
+    return OK if passed else GATE_FAILED
+
+
+def _gate(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    verdict = gate.decide(matrix, find_results(arguments.results), arguments.expect_profile)
+    merged = {**verdict.merged, "gate": "passed" if verdict.passed else "failed", "reasons": verdict.reasons}
+    if arguments.out is not None:
+        write_result(arguments.out / "merged.json", merged)
+        _write_reports(arguments.out, matrix, merged, verdict.passed, stem="report")
+    _show(arguments, matrix, merged, verdict.passed)
+    return OK if verdict.passed else GATE_FAILED
+
+
+def _write_reports(out: Path, matrix: Matrix, result: dict[str, Any], passed: bool, *, stem: str) -> None:
+    write_atomically(out / f"{stem}.html", report_html.html(matrix, result, passed=passed))
+    write_atomically(out / f"{stem}.md", report.markdown(matrix, result, passed=passed))
+
+
+def _show(arguments: argparse.Namespace, matrix: Matrix, result: dict[str, Any], passed: bool) -> None:
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        # A log file has no width of its own; 80 columns would fold every row of the table.
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+        report.print_table(console, matrix, result, passed=passed)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise MatrixError(f"--shard {text}: must be I/N, such as 2/8")
+    return int(index), int(count)
+
+
+def _profile_name(asked: str, gpus: Any) -> str:
+    return asked if asked != "auto" else "hopper" if gpus() else "cpu"
+
+
+def _hopper_gpus() -> int:
+    """Visible GPUs of compute capability 9.0."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return sum(torch.cuda.get_device_capability(index) == HOPPER for index in range(torch.cuda.device_count()))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

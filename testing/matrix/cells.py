@@ -1,0 +1,452 @@
+"""What a cell of the matrix is, and how testing/matrix.yaml becomes a list of them.
+
+Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed rows.
+A file that cannot be is refused before anything runs, in one sentence with file, line and cell (MatrixError).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from testing.matrix.located import LocatedDict, MatrixError, load
+
+DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
+
+DTYPES = ("bf16", "fp16", "fp32")
+ACTIVATIONS = ("swiglu", "geglu", "reglu", "silu", "gelu", "relu", "relu_squared")
+LAYOUTS = ("interleaved", "concatenated")
+LOADS = ("normal", "skewed", "ties", "non_finite", "recorded")
+METHODS = ("top_k", "token_rounding")
+SCORINGS = ("softmax", "softmax_topk", "sigmoid")
+GROUP_SCORES = ("top2", "max")
+ROUNDING_MODES = ("nearest", "up", "down", "stochastic", "balanced")
+SPEED_MODES = ("inference", "forward", "forward+backward")
+TENSORS = ("o", "dx", "dw_up", "dw_down", "db_up", "db_down", "drouter")
+
+
+class Sizes(NamedTuple):
+    """(T, H, I, E, K), the five numbers that name a layer's problem."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    per_token: int
+
+
+@dataclass(frozen=True)
+class RoutingSpec:
+    """A named way to route: the arguments of `routing.top_k` or `routing.token_rounding` that do not depend on sizes."""
+
+    name: str
+    method: str = "top_k"
+    scoring: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    selection_bias: float = 0.0
+    """Standard deviation of a random per-expert selection bias; 0 is none."""
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: str = "top2"
+    tile_m: int | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What every cell has."""
+
+    kind: ClassVar[str]
+    needs_gpu: ClassVar[bool] = False
+    name: str
+    line: int
+
+
+@dataclass(frozen=True)
+class LayerCell(Cell):
+    """Routing, dispatch, forward and all gradients of one layer."""
+
+    kind: ClassVar[str] = "layer"
+    thiek: Sizes
+    routing: RoutingSpec
+    load: str = "normal"
+    counts: tuple[int, ...] | None = None
+    """Rows of each expert, for K = 1; overrides `load`."""
+    dtype: str = "bf16"
+    activation: str = "swiglu"
+    layout: str = "interleaved"
+    bias: bool = False
+    sentinels: float = 0.0
+    """Share of the routing's slots that are turned into sentinels, as under expert parallelism."""
+
+
+@dataclass(frozen=True)
+class RoutingCell(Cell):
+    """Routing and dispatch alone, at sizes where experts would not tell more."""
+
+    kind: ClassVar[str] = "routing"
+    tokens: int
+    experts: int
+    per_token: int
+    routing: RoutingSpec
+    load: str = "normal"
+
+
+@dataclass(frozen=True)
+class CountCell(Cell):
+    """count_cumsum for one number of experts over many lengths, int32 and int64, eager and compiled."""
+
+    kind: ClassVar[str] = "count_cumsum"
+    experts: int
+    lengths: tuple[int, ...] = ()
+    powers: tuple[int, ...] = ()
+    """Exponents i; each adds the lengths 2**i .. 2**i + 9."""
+    random_lengths: int = 0
+    """How many lengths of 3000 +- 1000 to draw."""
+
+
+@dataclass(frozen=True)
+class SpeedCell(Cell):
+    """The time of one layer in one mode next to the GEMM bound, in one run."""
+
+    kind: ClassVar[str] = "speed"
+    needs_gpu: ClassVar[bool] = True
+    thiek: Sizes
+    routing: RoutingSpec
+    mode: str
+    dtype: str = "bf16"
+    load: str = "normal"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a layer's experts may be in a profile; None is no limit."""
+
+    routed_rows: int | None
+    """R = T*K of the experts' problem; T gives way."""
+    weight_elements: int
+    """E * (up + down) weight elements; first I gives way (down to min_intermediate), then E."""
+    min_intermediate: int | None
+    """None keeps I."""
+    tile_m: int | None
+    """The largest rounding tile of a reduced problem; None keeps it."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one kind of machine runs."""
+
+    name: str
+    limits: Limits
+    repeats: int
+    """Runs of each layer that must give the same bits."""
+    memory_gib: float
+    """All workers together."""
+    cell_timeout_s: float
+
+
+class Threshold(NamedTuple):
+    """Largest relative Frobenius error that passes."""
+
+    whole: float
+    worst_block: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A whole matrix file."""
+
+    path: Path
+    cells: tuple[Cell, ...]
+    profiles: dict[str, Profile]
+    thresholds: dict[str, dict[str, Threshold]]
+    """dtype -> tensor -> threshold."""
+
+    def cells_of(self, kind: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.kind == kind]
+
+
+def load_matrix(path: Path = DEFAULT_MATRIX) -> Matrix:
+    """Read and check a matrix file.
+
+    Raises:
+        MatrixError: anything in it cannot be; the message names file, line and cell.
+    """
+    return _Reader(path).read()
+
+
+class _Reader:
+    """Turns the file's sections into dataclasses; every problem becomes one MatrixError with a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: dict[str, int] = {}
+
+    def fail(self, line: int, where: str, problem: str) -> None:
+        raise MatrixError(f"{self.path}:{line}: {where}: {problem}")
+
+    def read(self) -> Matrix:
+        root = load(self.path)
+        sections = {"accuracy", "profiles", "routings", "layers", "routing", "count_cumsum", "speed"}
+        self.check_keys(root, "the file", required=sections, optional=set())
+        thresholds = self.read_thresholds(root["accuracy"])
+        profiles = {name: self.read_profile(name, body) for name, body in self.items(root["profiles"], "profiles")}
+        self.routings = {name: self.read_routing(name, body) for name, body in self.items(root["routings"], "routings")}
+        cells: list[Cell] = []
+        for section, build in (
+            ("layers", self.read_layer),
+            ("routing", self.read_routing_cell),
+            ("count_cumsum", self.read_count),
+            ("speed", self.read_speed),
+        ):
+            cells += self.read_groups(root[section], section, build)
+        for cell in cells:
+            dtype = getattr(cell, "dtype", None)
+            if isinstance(cell, LayerCell) and dtype not in thresholds:
+                self.fail(cell.line, f"cell {cell.name}", f"dtype {dtype} has no thresholds under accuracy")
+        return Matrix(self.path, tuple(cells), profiles, thresholds)
+
+    # --- shape of the file ---------------------------------------------------------------------------------------
+
+    def check_keys(self, body: Any, where: str, *, required: set[str], optional: set[str], line: int = 1) -> None:
+        if not isinstance(body, LocatedDict):
+            self.fail(line, where, f"must be a mapping with the keys {', '.join(sorted(required | optional))}")
+        for key in body:
+            if key not in required | optional:
+                self.fail(body.lines[key], where, f"unknown key {key!r}; known keys are {', '.join(sorted(required | optional))}")
+        missing = sorted(required - set(body))
+        if missing:
+            self.fail(body.line, where, f"{missing[0]} is missing")
+
+    def items(self, body: Any, where: str) -> Iterable[tuple[str, Any]]:
+        if not isinstance(body, LocatedDict):
+            self.fail(1, where, "must be a mapping of names")
+        return body.items()
+
+    def read_groups(self, groups: Any, section: str, build: Callable[[LocatedDict, str, int], Iterable[Cell]]) -> list[Cell]:
+        """A section is a list of groups; a group is {group, about, common?, cells}; a cell is one mapping on one line."""
+        if not isinstance(groups, list):
+            self.fail(1, section, "must be a list of groups")
+        cells: list[Cell] = []
+        for group, line in zip(groups, groups.lines, strict=True):
+            self.check_keys(group, f"a group of {section}", required={"group", "about", "cells"}, optional={"common"}, line=line)
+            common = group.get("common", LocatedDict())
+            for body, cell_line in zip(group["cells"], group["cells"].lines, strict=True):
+                if not isinstance(body, LocatedDict) or "name" not in body:
+                    self.fail(cell_line, f"group {group['group']}", "a cell must be a mapping with a name")
+                name = f"{group['group']}/{body['name']}"
+                merged = LocatedDict({**common, **body})
+                merged.line = cell_line
+                merged.lines = {**getattr(common, "lines", {}), **body.lines}
+                for cell in build(merged, name, cell_line):
+                    if cell.name in self.names:
+                        self.fail(cell_line, f"cell {cell.name}", f"the name was already given on line {self.names[cell.name]}")
+                    self.names[cell.name] = cell_line
+                    cells.append(cell)
+        return cells
+
+    # --- values --------------------------------------------------------------------------------------------------
+
+    def choice(self, body: LocatedDict, key: str, allowed: Iterable[str], where: str, default: str) -> str:
+        value = body.get(key, default)
+        if value not in allowed:
+            self.fail(body.lines.get(key, body.line), where, f"{key} {value!r} is not one of {', '.join(allowed)}")
+        return value
+
+    def whole(self, body: LocatedDict, key: str, where: str, *, low: int, default: int | None = None, none: bool = False) -> Any:
+        value = body.get(key, default)
+        if value is None and none:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self.fail(body.lines.get(key, body.line), where, f"{key} {value!r} must be a whole number of at least {low}")
+        return value
+
+    def number(self, body: LocatedDict, key: str, where: str, *, low: float, high: float, default: float | None = None) -> float:
+        value = body.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            self.fail(body.lines.get(key, body.line), where, f"{key} {value!r} must be a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, body: LocatedDict, key: str, where: str) -> bool:
+        value = body.get(key, False)
+        if not isinstance(value, bool):
+            self.fail(body.lines.get(key, body.line), where, f"{key} {value!r} must be true or false")
+        return value
+
+    def integers(self, body: LocatedDict, key: str, where: str, *, low: int) -> tuple[int, ...]:
+        value = body.get(key, [])
+        if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) or item < low for item in value):
+            self.fail(body.lines.get(key, body.line), where, f"{key} must be a list of whole numbers of at least {low}")
+        return tuple(value)
+
+    def sizes(self, body: LocatedDict, where: str) -> Sizes:
+        line = body.lines.get("thiek", body.line)
+        value = self.integers(body, "thiek", where, low=0)
+        if len(value) != 5:
+            self.fail(line, where, f"thiek {list(value)} must be the five numbers [T, H, I, E, K]")
+        sizes = Sizes(*value)
+        for name, size in (("H", sizes.hidden), ("I", sizes.intermediate)):
+            if size < 8 or size % 8:
+                self.fail(line, where, f"{name}={size} must be a positive multiple of 8")
+        self.check_choice_of_experts(sizes.experts, sizes.per_token, line, where)
+        return sizes
+
+    def check_choice_of_experts(self, experts: int, per_token: int, line: int, where: str) -> None:
+        if experts < 1:
+            self.fail(line, where, f"E={experts} must be at least 1")
+        if not 1 <= per_token <= experts:
+            self.fail(line, where, f"K={per_token} must be from 1 to E={experts}")
+
+    # --- the sections --------------------------------------------------------------------------------------------
+
+    def read_thresholds(self, body: Any) -> dict[str, dict[str, Threshold]]:
+        self.check_keys(body, "accuracy", required=set(), optional=set(DTYPES))
+        result: dict[str, dict[str, Threshold]] = {}
+        for dtype, tensors in body.items():
+            where = f"accuracy {dtype}"
+            self.check_keys(tensors, where, required=set(TENSORS), optional=set(), line=body.lines[dtype])
+            result[dtype] = {}
+            for tensor, pair in tensors.items():
+                at = f"{where} {tensor}"
+                self.check_keys(pair, at, required={"whole", "worst_block"}, optional=set(), line=tensors.lines[tensor])
+                threshold = Threshold(*(self.number(pair, key, at, low=1e-12, high=1.0) for key in ("whole", "worst_block")))
+                if threshold.worst_block < threshold.whole:
+                    self.fail(pair.line, at, "worst_block must not be tighter than whole")
+                result[dtype][tensor] = threshold
+        return result
+
+    def read_profile(self, name: str, body: Any) -> Profile:
+        where = f"profile {name}"
+        self.check_keys(body, where, required={"limits", "repeats", "memory_gib", "cell_timeout_s"}, optional=set())
+        limits, at = body["limits"], f"{where} limits"
+        self.check_keys(limits, at, required={field.name for field in fields(Limits)}, optional=set(), line=body.lines["limits"])
+        return Profile(
+            name=name,
+            limits=Limits(
+                routed_rows=self.whole(limits, "routed_rows", at, low=1, none=True),
+                weight_elements=self.whole(limits, "weight_elements", at, low=1),
+                min_intermediate=self.whole(limits, "min_intermediate", at, low=8, none=True),
+                tile_m=self.whole(limits, "tile_m", at, low=1, none=True),
+            ),
+            repeats=self.whole(body, "repeats", where, low=2),
+            memory_gib=self.number(body, "memory_gib", where, low=1, high=10_000),
+            cell_timeout_s=self.number(body, "cell_timeout_s", where, low=1, high=36_000),
+        )
+
+    def read_routing(self, name: str, body: Any) -> RoutingSpec:
+        where = f"routing {name}"
+        known = {field.name for field in fields(RoutingSpec)} - {"name"}
+        self.check_keys(body, where, required={"method"}, optional=known - {"method"})
+        spec = RoutingSpec(
+            name=name,
+            method=self.choice(body, "method", METHODS, where, "top_k"),
+            scoring=self.choice(body, "scoring", SCORINGS, where, "softmax"),
+            renormalize=self.flag(body, "renormalize", where),
+            scale=self.number(body, "scale", where, low=1e-3, high=1e3, default=1.0),
+            selection_bias=self.number(body, "selection_bias", where, low=0, high=10, default=0.0),
+            num_groups=self.whole(body, "num_groups", where, low=1, default=1),
+            groups_per_token=self.whole(body, "groups_per_token", where, low=1, default=1),
+            group_score=self.choice(body, "group_score", GROUP_SCORES, where, "top2"),
+        )
+        if spec.groups_per_token > spec.num_groups:
+            self.fail(body.line, where, f"groups_per_token {spec.groups_per_token} must not exceed num_groups {spec.num_groups}")
+        if spec.method == "top_k":
+            for key in ("tile_m", "mode"):
+                if key in body:
+                    self.fail(body.lines[key], where, f"{key} is for token_rounding only")
+            return spec
+        for key in ("tile_m", "mode"):
+            if key not in body:
+                self.fail(body.line, where, f"{key} is missing; token_rounding needs it")
+        mode = self.choice(body, "mode", ROUNDING_MODES, where, "nearest")
+        return replace(spec, tile_m=self.whole(body, "tile_m", where, low=1), mode=mode)
+
+    def named_routing(self, body: LocatedDict, where: str, experts: int, per_token: int) -> RoutingSpec:
+        name = body.get("routing")
+        line = body.lines.get("routing", body.line)
+        if name not in self.routings:
+            self.fail(line, where, f"routing {name!r} is not one of {', '.join(self.routings)}")
+        spec = self.routings[name]
+        if experts % spec.num_groups:
+            self.fail(line, where, f"E={experts} must be a multiple of the {spec.num_groups} groups of routing {name}")
+        choosable = experts // spec.num_groups * spec.groups_per_token
+        if per_token > choosable:
+            self.fail(line, where, f"K={per_token} must not exceed the {choosable} experts that routing {name} leaves to a token")
+        return spec
+
+    def read_layer(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
+        where = f"cell {name}"
+        known = {field.name for field in fields(LayerCell)} - {"line"}
+        self.check_keys(body, where, required={"name", "thiek", "routing"}, optional=known - {"name", "thiek", "routing"})
+        sizes = self.sizes(body, where)
+        routing = self.named_routing(body, where, sizes.experts, sizes.per_token)
+        counts = self.integers(body, "counts", where, low=0) or None
+        if counts is not None:
+            at = body.lines["counts"]
+            if sizes.per_token != 1 or routing.method != "top_k":
+                self.fail(at, where, "counts needs K=1 and a top_k routing")
+            if len(counts) != sizes.experts or sum(counts) != sizes.tokens:
+                wanted = f"E={sizes.experts} numbers with sum T={sizes.tokens}"
+                self.fail(at, where, f"counts has {len(counts)} numbers with sum {sum(counts)}; it must be {wanted}")
+        yield LayerCell(
+            name=name,
+            line=line,
+            thiek=sizes,
+            routing=routing,
+            load=self.choice(body, "load", LOADS, where, "normal"),
+            counts=counts,
+            dtype=self.choice(body, "dtype", DTYPES, where, "bf16"),
+            activation=self.choice(body, "activation", ACTIVATIONS, where, "swiglu"),
+            layout=self.choice(body, "layout", LAYOUTS, where, "interleaved"),
+            bias=self.flag(body, "bias", where),
+            sentinels=self.number(body, "sentinels", where, low=0, high=1, default=0.0),
+        )
+
+    def read_routing_cell(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
+        where = f"cell {name}"
+        required = {"name", "tokens", "experts", "per_token", "routing"}
+        self.check_keys(body, where, required=required, optional={"load"})
+        tokens, experts, per_token = (self.whole(body, key, where, low=0) for key in ("tokens", "experts", "per_token"))
+        self.check_choice_of_experts(experts, per_token, line, where)
+        routing = self.named_routing(body, where, experts, per_token)
+        yield RoutingCell(name, line, tokens, experts, per_token, routing, self.choice(body, "load", LOADS, where, "normal"))
+
+    def read_count(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
+        where = f"cell {name}"
+        self.check_keys(body, where, required={"name", "experts"}, optional={"lengths", "powers", "random_lengths"})
+        cell = CountCell(
+            name=name,
+            line=line,
+            experts=self.whole(body, "experts", where, low=1),
+            lengths=self.integers(body, "lengths", where, low=0),
+            powers=self.integers(body, "powers", where, low=0),
+            random_lengths=self.whole(body, "random_lengths", where, low=0, default=0),
+        )
+        if not (cell.lengths or cell.powers or cell.random_lengths):
+            self.fail(line, where, "one of lengths, powers and random_lengths must be given")
+        if any(power > 24 for power in cell.powers):
+            self.fail(line, where, "powers must not exceed 24")
+        yield cell
+
+    def read_speed(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
+        where = f"cell {name}"
+        self.check_keys(body, where, required={"name", "thiek", "routing", "modes"}, optional={"dtype", "load"})
+        sizes = self.sizes(body, where)
+        if sizes.tokens == 0:
+            self.fail(line, where, "T=0 has no speed")
+        routing = self.named_routing(body, where, sizes.experts, sizes.per_token)
+        if not isinstance(body["modes"], list) or not body["modes"]:
+            self.fail(body.lines["modes"], where, f"modes must be a list of {', '.join(SPEED_MODES)}")
+        for mode in body["modes"]:
+            if mode not in SPEED_MODES:
+                self.fail(body.lines["modes"], where, f"mode {mode!r} is not one of {', '.join(SPEED_MODES)}")
+            yield SpeedCell(
+                name=f"{name}/{mode}",
+                line=line,
+                thiek=sizes,
+                routing=routing,
+                mode=mode,
+                dtype=self.choice(body, "dtype", ("bf16", "fp16"), where, "bf16"),
+                load=self.choice(body, "load", LOADS, where, "normal"),
+            )

@@ -1,0 +1,70 @@
+"""When a cell passes. The worker measures, this judges, and the gate judges again with the thresholds of the day."""
+
+import math
+from typing import Any
+
+from testing.matrix.cells import Cell, LayerCell, Matrix, Threshold
+from testing.matrix.results import FAILED, PASSED
+
+
+def judge_errors(errors: dict[str, dict[str, float | None]], thresholds: dict[str, Threshold]) -> list[str]:
+    """Every way in which measured errors exceed their thresholds, in words. What is not a finite number never passes."""
+    problems = []
+    for tensor, measured in errors.items():
+        for scope in Threshold._fields:
+            value, limit = measured.get(scope), getattr(thresholds[tensor], scope)
+            if not _is_finite(value):
+                problems.append(f"{tensor} {scope} is not finite")
+            elif value > limit:
+                problems.append(f"{tensor} {scope} {value:.2e} > {limit:.1e}")
+    return problems
+
+
+def expected_tensors(cell: LayerCell) -> list[str]:
+    """The tensors whose errors a layer cell must report."""
+    biases = ["db_up", "db_down"] if cell.bias else []
+    return ["o", "dx", "dw_up", "dw_down", *biases, "drouter"]
+
+
+def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix) -> list[str]:
+    """Every reason why a cell that ran fails: its own failure, a check, an error, or a measurement that is missing."""
+    problems = []
+    if result.get("crash"):
+        return [str(result["crash"])]
+    checks = result.get("checks", [])
+    problems += [f"{item['name']}: {item['why']}" for item in checks if item.get("passed") is not True]
+    if isinstance(cell, LayerCell):
+        errors = result.get("errors", {})
+        missing = [tensor for tensor in expected_tensors(cell) if tensor not in errors]
+        problems += [f"{tensor} was not measured" for tensor in missing]
+        known = {tensor: errors[tensor] for tensor in errors if tensor in matrix.thresholds[cell.dtype]}
+        problems += judge_errors(known, matrix.thresholds[cell.dtype])
+    elif cell.kind == "speed":
+        problems += [f"{key} was not measured" for key in ("ms", "bound_ms", "ratio") if not _is_positive(result.get(key))]
+    if not checks and cell.kind != "speed":
+        problems.append("nothing was checked")
+    return problems
+
+
+def finish(cell: Cell, result: dict[str, Any], matrix: Matrix) -> dict[str, Any]:
+    """The result with its verdict: status, passed and why."""
+    problems = judge_cell(cell, result, matrix)
+    return {**result, "status": FAILED if problems else PASSED, "passed": not problems, "why": "; ".join(problems)}
+
+
+def worst_share(cell: LayerCell, result: dict[str, Any], matrix: Matrix) -> float | None:
+    """The largest error as a share of its threshold: 1 is the edge, above fails; None where nothing was measured."""
+    shares = []
+    for tensor, measured in (result.get("errors") or {}).items():
+        for scope in Threshold._fields:
+            value = measured.get(scope)
+            shares.append(value / getattr(matrix.thresholds[cell.dtype][tensor], scope) if _is_finite(value) else math.inf)
+    return max(shares, default=None)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0

@@ -1,0 +1,196 @@
+"""What a profile runs of each cell, what that costs, and how cells spread over shards.
+
+Nothing here looks at the machine, so that a plan made on one runner holds on all others.
+"""
+
+import fnmatch
+from dataclasses import replace
+from typing import NamedTuple
+
+from testing.matrix.cells import (
+    Cell,
+    CountCell,
+    LayerCell,
+    Limits,
+    Matrix,
+    MatrixError,
+    Profile,
+    RoutingCell,
+    RoutingSpec,
+    Sizes,
+    SpeedCell,
+)
+
+UNGATED = ("silu", "gelu", "relu", "relu_squared")
+
+# Seconds per unit on one CPU core, fitted to recorded runs of the cpu profile; only their proportions matter to a plan.
+_SECONDS_PER_CELL = 0.15
+_SECONDS_PER_LOGIT = 1.6e-7
+_SECONDS_PER_ROW = 6e-6
+_SECONDS_PER_FLOP = 4e-11
+_SECONDS_PER_WEIGHT = 5e-8
+_SECONDS_PER_ID = 2e-8
+_SECONDS_TO_COMPILE = 4.0
+
+_PROCESS_BYTES = 700 * 2**20
+_BYTES_PER_LOGIT = 100
+_BYTES_PER_ROW = 800
+_BYTES_PER_WEIGHT = 64
+
+
+class ExpertsProblem(NamedTuple):
+    """What the experts of a layer cell run at under a profile."""
+
+    thiek: Sizes
+    routing: RoutingSpec
+
+    def is_cut(self, cell: LayerCell) -> bool:
+        return self.thiek != cell.thiek or self.routing != cell.routing
+
+
+class Shard(NamedTuple):
+    """One shard of a plan: its position, counted from 1, and its cells."""
+
+    index: int
+    count: int
+    cells: tuple[Cell, ...]
+    cost_s: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def weights_per_expert(cell: LayerCell, hidden: int, intermediate: int) -> int:
+    """Elements of one expert's up and down projections: 3*H*I with a gate, 2*H*I without."""
+    return (2 if cell.activation in UNGATED else 3) * hidden * intermediate
+
+
+def experts_problem(cell: LayerCell, limits: Limits) -> ExpertsProblem:
+    """Cut a layer's experts to the limits: T first, then I, then E. H, K and all misalignments stay.
+
+    T keeps its remainder by 128 and I its remainder by 16 where they are cut, so that a partial tile stays partial.
+    A cell with hand-set counts keeps T and E, for they are what it tests.
+
+    Example: (8192, 7168, 2048, 256, 8) under R <= 1536, 6e6 weights, I >= 32 becomes (192, 7168, 32, 32, 8).
+    """
+    tokens, hidden, intermediate, experts, per_token = cell.thiek
+    routing = cell.routing
+    if cell.counts is None and limits.routed_rows is not None and tokens * per_token > limits.routed_rows:
+        most = max(1, limits.routed_rows // per_token)
+        remainder = tokens % 128
+        tokens = most - most % 128 + remainder if most > 128 and most - most % 128 + remainder <= most else most
+    if limits.min_intermediate is not None:
+        affordable = limits.weight_elements // (experts * weights_per_expert(cell, hidden, 1))
+        wanted = max(limits.min_intermediate, affordable)
+        if wanted < intermediate:
+            intermediate = min(intermediate, wanted // 16 * 16 + intermediate % 16)
+    if cell.counts is None:
+        affordable = limits.weight_elements // weights_per_expert(cell, hidden, intermediate)
+        experts = min(experts, _choosable_experts(max(affordable, 2 * per_token, 8), routing, per_token))
+    if limits.tile_m is not None and routing.tile_m is not None and tokens < cell.thiek.tokens:
+        routing = replace(routing, tile_m=min(routing.tile_m, limits.tile_m))
+    return ExpertsProblem(Sizes(tokens, hidden, intermediate, experts, per_token), routing)
+
+
+def _choosable_experts(experts: int, routing: RoutingSpec, per_token: int) -> int:
+    """A number of experts near the given one that the routing's groups divide, with twice K for a token to choose from."""
+    group = max(experts // routing.num_groups, -(-2 * per_token // routing.groups_per_token), 2)
+    return group * routing.num_groups
+
+
+def cost_seconds(cell: Cell, profile: Profile) -> float:
+    """Estimated seconds of one cell on one core."""
+    if isinstance(cell, LayerCell):
+        tokens, hidden, intermediate, experts, per_token = experts_problem(cell, profile.limits).thiek
+        full = cell.thiek
+        flops = 6 * weights_per_expert(cell, hidden, intermediate) * tokens * per_token
+        return (
+            _SECONDS_PER_CELL
+            + _SECONDS_PER_LOGIT * full.tokens * full.experts
+            + _SECONDS_PER_ROW * full.tokens * full.per_token
+            + _SECONDS_PER_FLOP * flops * (1 + profile.repeats)
+            + _SECONDS_PER_WEIGHT * experts * weights_per_expert(cell, hidden, intermediate)
+        )
+    if isinstance(cell, RoutingCell):
+        return _SECONDS_PER_CELL + 2 * _SECONDS_PER_LOGIT * cell.tokens * cell.experts + _SECONDS_PER_ROW * cell.tokens * cell.per_token
+    if isinstance(cell, CountCell):
+        ids = sum(cell.lengths) + 10 * sum(2**power for power in cell.powers) + 3000 * cell.random_lengths
+        return _SECONDS_TO_COMPILE + 4 * _SECONDS_PER_ID * ids
+    if isinstance(cell, SpeedCell):
+        tokens, hidden, intermediate, _, per_token = cell.thiek
+        return 4.0 + 3e-14 * 18 * tokens * per_token * hidden * intermediate
+    raise TypeError(f"{type(cell).__name__}: no cost is known for this kind of cell")
+
+
+def memory_bytes(cell: Cell, profile: Profile) -> int:
+    """Estimated peak memory of the worker that runs a cell, the process itself included."""
+    if isinstance(cell, LayerCell):
+        problem = experts_problem(cell, profile.limits).thiek
+        weights = problem.experts * weights_per_expert(cell, problem.hidden, problem.intermediate)
+        rows = cell.thiek.tokens * cell.thiek.per_token + problem.tokens * problem.per_token * problem.hidden // 16
+        logits = cell.thiek.tokens * cell.thiek.experts
+    elif isinstance(cell, RoutingCell):
+        weights, rows, logits = 0, cell.tokens * cell.per_token, cell.tokens * cell.experts
+    else:
+        weights, rows, logits = 0, 2**21, 0
+    return int(_PROCESS_BYTES + _BYTES_PER_WEIGHT * weights + _BYTES_PER_ROW * rows + _BYTES_PER_LOGIT * logits)
+
+
+def profile_of(matrix: Matrix, name: str) -> Profile:
+    """The profile of that name.
+
+    Raises:
+        MatrixError: there is none.
+    """
+    if name not in matrix.profiles:
+        raise MatrixError(f"--profile {name}: is not one of {', '.join(matrix.profiles)}")
+    return matrix.profiles[name]
+
+
+def select(matrix: Matrix, pattern: str | None) -> tuple[Cell, ...]:
+    """The cells whose names match a shell pattern such as ``models/*``; all for None.
+
+    Raises:
+        MatrixError: no cell matches.
+    """
+    if pattern is None:
+        return matrix.cells
+    chosen = tuple(cell for cell in matrix.cells if fnmatch.fnmatchcase(cell.name, pattern))
+    if not chosen:
+        raise MatrixError(f"--cells {pattern}: matches none of the {len(matrix.cells)} cells of {matrix.path}")
+    return chosen
+
+
+def make_shards(cells: tuple[Cell, ...], profile: Profile, count: int) -> list[Shard]:
+    """Spread cells over `count` shards so that the dearest shard is cheap: longest first, each to the lightest shard.
+
+    The same cells always land in the same shards. Cells that need a GPU cost nothing in a profile without one, for
+    they are only listed there.
+
+    Raises:
+        MatrixError: count is not from 1 to the number of cells.
+    """
+    if not 1 <= count <= len(cells):
+        raise MatrixError(f"--shards {count}: must be from 1 to the {len(cells)} cells")
+    costs = {cell.name: 0.0 if cell.needs_gpu and profile.name == "cpu" else cost_seconds(cell, profile) for cell in cells}
+    bins: list[list[Cell]] = [[] for _ in range(count)]
+    totals = [0.0] * count
+    for cell in sorted(cells, key=lambda cell: (-costs[cell.name], cell.name)):
+        lightest = min(range(count), key=lambda index: (totals[index], len(bins[index]), index))
+        bins[lightest].append(cell)
+        totals[lightest] += costs[cell.name]
+    order = {cell.name: position for position, cell in enumerate(cells)}
+    return [
+        Shard(index + 1, count, tuple(sorted(members, key=lambda cell: order[cell.name])), round(totals[index], 2))
+        for index, members in enumerate(bins)
+    ]
+
+
+def github_matrix(shards: list[Shard]) -> dict[str, list[dict[str, object]]]:
+    """The shards as the value of a GitHub Actions job's ``strategy.matrix``."""
+    return {
+        "include": [
+            {"shard": shard.label, "index": shard.index, "cells": len(shard.cells), "cost_s": round(shard.cost_s, 1)} for shard in shards
+        ]
+    }

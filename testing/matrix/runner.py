@@ -1,0 +1,257 @@
+"""Runs a shard's cells in worker processes, shows progress, and writes what was measured so that a killed run resumes."""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from testing.matrix import plan, pool
+from testing.matrix.cells import Cell, Matrix, Profile
+from testing.matrix.describe import cell_seed, describe, not_run_reason
+from testing.matrix.judge import finish
+from testing.matrix.located import MatrixError
+from testing.matrix.results import FAILED, NOT_RUN, SCHEMA, read_result, write_result
+from testing.matrix.sources import fingerprint
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line asked for."""
+
+    shard_index: int
+    shard_count: int
+    out: Path
+    jobs: int
+    seed: int
+    pattern: str | None
+    resume: bool
+    gpus: int
+    """sm_90 GPUs to use; 0 in the cpu profile."""
+    command: str
+
+
+def shard_path(out: Path, index: int, count: int) -> Path:
+    return out / f"shard-{index}-of-{count}.json"
+
+
+def run_shard(
+    matrix: Matrix, profile: Profile, options: RunOptions, setup: Callable[[], pool.Work], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one shard and write its result; returns that result.
+
+    Args:
+        setup: called once in each worker; returns the function (cell name, seed) -> measurements.
+        environment: what `sonicmoe.environment.describe` says of this machine.
+
+    Raises:
+        MatrixError: the shard does not exist, the folder cannot be written, or there is nothing that can be resumed.
+    """
+    cells = plan.select(matrix, options.pattern)
+    shards = plan.make_shards(cells, profile, options.shard_count)
+    if not 1 <= options.shard_index <= options.shard_count:
+        raise MatrixError(f"--shard {options.shard_index}/{options.shard_count}: the shards are counted from 1 to {options.shard_count}")
+    cells = shards[options.shard_index - 1].cells
+    path = shard_path(options.out, options.shard_index, options.shard_count)
+    identity = {
+        "schema": SCHEMA,
+        "profile": profile.name,
+        "shard": f"{options.shard_index}/{options.shard_count}",
+        "cells_asked": options.pattern or "*",
+        "sources": fingerprint(matrix.path),
+    }
+    journal = _Journal(path, identity, options.seed, resume=options.resume)
+    started = time.monotonic()
+    with journal:
+        results = dict(journal.done)
+        runnable = []
+        for cell in cells:
+            reason = not_run_reason(cell, gpu=options.gpus > 0)
+            if reason:
+                results[cell.name] = {**describe(cell, profile), "status": NOT_RUN, "passed": None, "why": reason}
+            elif cell.name not in results:
+                runnable.append(cell)
+        progress = _Progress(len(cells), already=len(cells) - len(runnable))
+        with progress:
+            for result in _measure(matrix, profile, options, runnable, journal.seed, setup, progress):
+                results[result["name"]] = result
+                journal.add(result)
+                progress.ended(result)
+        result = {
+            **identity,
+            **environment,
+            "seed": journal.seed,
+            "command": options.command,
+            "jobs": options.jobs,
+            "seconds": round(time.monotonic() - started, 1),
+            "cells": [results[cell.name] for cell in cells],
+        }
+        write_result(path, result)
+        journal.remove()
+    return result
+
+
+def _measure(
+    matrix: Matrix,
+    profile: Profile,
+    options: RunOptions,
+    cells: list[Cell],
+    seed: int,
+    setup: Callable[[], pool.Work],
+    progress: "_Progress",
+) -> Iterator[dict[str, Any]]:
+    """Yield judged results as cells end; cells that need a GPU for themselves come last, one worker per GPU."""
+    by_name = {cell.name: cell for cell in cells}
+    phases = ([cell for cell in cells if not cell.needs_gpu], options.jobs), ([cell for cell in cells if cell.needs_gpu], options.gpus)
+    for phase, workers in phases:
+        jobs = [
+            pool.Job(
+                cell.name,
+                cell_seed(seed, cell.name),
+                plan.memory_bytes(cell, profile),
+                plan.cost_seconds(cell, profile),
+                profile.cell_timeout_s,
+            )
+            for cell in phase
+        ]
+        environments = [worker_environment(index, workers, options.gpus) for index in range(workers)]
+        for event in pool.run_jobs(jobs, setup, environments=environments, memory_bytes=int(profile.memory_gib * 2**30)):
+            if isinstance(event, pool.Started):
+                progress.started(event.name)
+                continue
+            cell = by_name[event.name]
+            measured = {"crash": event.crash} if event.result is None else event.result
+            result = {**describe(cell, profile), "seed": cell_seed(seed, cell.name), "seconds": round(event.seconds, 2), **measured}
+            yield finish(cell, result, matrix)
+
+
+def worker_environment(index: int, workers: int, gpus: int) -> dict[str, str]:
+    """Each worker has its share of the cores, and one GPU where there are any."""
+    threads = str(max(1, (os.cpu_count() or 1) // max(1, workers)))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index % gpus] if len(visible) >= gpus and visible[0] else str(index % gpus)
+    return environment
+
+
+class _Journal:
+    """Finished cells on disk, one JSON line each, until the shard's result replaces them."""
+
+    def __init__(self, result: Path, identity: dict[str, Any], seed: int, *, resume: bool) -> None:
+        self.path = result.with_suffix(".partial.jsonl")
+        self.identity, self.seed = identity, seed
+        self.done: dict[str, dict[str, Any]] = {}
+        if resume and result.exists():
+            self._take_over(result, read_result(result))
+        elif resume and self.path.exists():
+            lines = self._read_lines()
+            self._take_over(self.path, {**lines[0], "cells": lines[1:]})
+        self.stream: TextIO | None = None
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        """All whole lines; the last may be cut off where the run was killed."""
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        if not lines:
+            raise MatrixError(f"{self.path}: holds nothing to resume; run again without --resume")
+        return lines
+
+    def _take_over(self, path: Path, earlier: dict[str, Any]) -> None:
+        for key, value in self.identity.items():
+            if earlier.get(key) != value:
+                raise MatrixError(f"{path}: was made with {key} {earlier.get(key)}, now it is {value}; run again without --resume")
+        self.seed = earlier["seed"]
+        self.done = {cell["name"]: cell for cell in earlier["cells"]}
+
+    def __enter__(self) -> "_Journal":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream = self.path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise MatrixError(f"{self.path.parent}: cannot be written: {error.strerror}") from None
+        self._write({**self.identity, "seed": self.seed})
+        for result in self.done.values():
+            self._write(result)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def add(self, result: dict[str, Any]) -> None:
+        self._write(result)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
+
+
+class _Progress:
+    """A live bar on a terminal, a plain line per cell elsewhere; both on stderr."""
+
+    def __init__(self, total: int, *, already: int) -> None:
+        self.total, self.count = total, already
+        self.verdicts: Counter[str] = Counter()
+        self.running: list[str] = []
+        console = Console(stderr=True)
+        self.bar = None
+        if console.is_terminal:
+            columns = (SpinnerColumn(), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task("starting", total=total, completed=already)
+
+    def __enter__(self) -> "_Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def started(self, name: str) -> None:
+        self.running.append(name)
+        self._show()
+
+    def ended(self, result: dict[str, Any]) -> None:
+        self.count += 1
+        self.verdicts[result["status"]] += 1
+        if result["name"] in self.running:
+            self.running.remove(result["name"])
+        line = f"{result['status']:7} {result['name']} {result['seconds']:.1f} s {result['why'][:300]}".rstrip()
+        if self.bar is None:
+            print(f"[{self.count}/{self.total}] {line}", file=sys.stderr, flush=True)
+        elif result["status"] == FAILED:
+            self.bar.console.print(line, style="red", markup=False, highlight=False)
+        self._show()
+
+    def _show(self) -> None:
+        if self.bar:
+            failed = f" {self.verdicts[FAILED]} failed," if self.verdicts[FAILED] else ""
+            self.bar.update(self.task, completed=self.count, description=f"{failed} {', '.join(self.running)}")
+
+
+def default_setup(matrix: Matrix, profile: Profile, device: str) -> Callable[[], pool.Work]:
+    """The setup of real workers; a partial of an importable function, so that it can be sent to a new process."""
+    return functools.partial(_import_execute, str(matrix.path), profile.name, device)
+
+
+def _import_execute(matrix_path: str, profile_name: str, device: str) -> pool.Work:
+    from testing.matrix.execute import prepare
+
+    return prepare(Path(matrix_path), profile_name, device)
