@@ -1,0 +1,1 @@
+"""Training of a small MoE language model: what ``sonicmoe train`` is made of. Importing this package imports nothing."""
