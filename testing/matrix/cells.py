@@ -162,6 +162,8 @@ class Matrix:
     profiles: dict[str, Profile]
     thresholds: dict[str, dict[str, Threshold]]
     """dtype -> tensor -> threshold."""
+    groups: dict[str, str]
+    """Group -> what it is about."""
 
     def cells_of(self, kind: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == kind]
@@ -182,6 +184,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: dict[str, int] = {}
+        self.groups: dict[str, str] = {}
 
     def fail(self, line: int, where: str, problem: str) -> None:
         raise MatrixError(f"{self.path}:{line}: {where}: {problem}")
@@ -205,7 +208,7 @@ class _Reader:
             dtype = getattr(cell, "dtype", None)
             if isinstance(cell, LayerCell) and dtype not in thresholds:
                 self.fail(cell.line, f"cell {cell.name}", f"dtype {dtype} has no thresholds under accuracy")
-        return Matrix(self.path, tuple(cells), profiles, thresholds)
+        return Matrix(self.path, tuple(cells), profiles, thresholds, self.groups)
 
     # --- shape of the file ---------------------------------------------------------------------------------------
 
@@ -231,6 +234,7 @@ class _Reader:
         cells: list[Cell] = []
         for group, line in zip(groups, groups.lines, strict=True):
             self.check_keys(group, f"a group of {section}", required={"group", "about", "cells"}, optional={"common"}, line=line)
+            self.groups[group["group"]] = group["about"]
             common = group.get("common", LocatedDict())
             for body, cell_line in zip(group["cells"], group["cells"].lines, strict=True):
                 if not isinstance(body, LocatedDict) or "name" not in body:

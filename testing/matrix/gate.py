@@ -88,8 +88,9 @@ def _judge(matrix: Matrix, cell: Cell, result: dict[str, Any] | None, profile: P
     if result is None:
         return {**describe(cell, profile), "status": MISSING, "passed": False, "why": "no result has this cell"}
     if result["status"] == NOT_RUN:
-        if not_run_reason(cell, gpu=False):
-            return result
+        reason = not_run_reason(cell, gpu=False)
+        if reason:
+            return {**result, "passed": None, "why": reason}
         return {**result, "status": FAILED, "passed": False, "why": f"was not run, and needs no GPU: {result.get('why', '')}"}
     for key, wanted in describe(cell, profile).items():
         if result.get(key) != wanted:

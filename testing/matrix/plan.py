@@ -78,8 +78,7 @@ def experts_problem(cell: LayerCell, limits: Limits) -> ExpertsProblem:
     routing = cell.routing
     if cell.counts is None and limits.routed_rows is not None and tokens * per_token > limits.routed_rows:
         most = max(1, limits.routed_rows // per_token)
-        remainder = tokens % 128
-        tokens = most - most % 128 + remainder if most > 128 and most - most % 128 + remainder <= most else most
+        tokens = most - (most - tokens) % 128 if most > 128 else most
     if limits.min_intermediate is not None:
         affordable = limits.weight_elements // (experts * weights_per_expert(cell, hidden, 1))
         wanted = max(limits.min_intermediate, affordable)

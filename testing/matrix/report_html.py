@@ -159,7 +159,7 @@ def _heat_maps(matrix: Matrix, result: dict[str, Any]) -> str:
         for color, label in zip(_COLORS, [*(f"to {step:.0%}" for step in _STEPS), "fails"], strict=True)
     )
     maps = "".join(
-        f'<div class="map"><h3>{escape(group)}</h3>'
+        f'<div class="map"><h3>{escape(group)}</h3><p>{escape(matrix.groups[group])}</p>'
         f"<table><thead><tr><th></th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         for group, rows in groups.items()
     )

@@ -1,0 +1,94 @@
+"""Plans: what is cut, what it costs, and shards that are balanced, stable and complete."""
+
+from dataclasses import replace
+
+import pytest
+
+from testing.matrix import plan
+from testing.matrix.cells import MatrixError, RoutingSpec, Sizes, load_matrix
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return load_matrix()
+
+
+def cell_named(matrix, name):
+    return next(cell for cell in matrix.cells if cell.name == name)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_shards_hold_every_cell_once(matrix, count):
+    shards = plan.make_shards(matrix.cells, matrix.profiles["hopper"], count)
+    names = [cell.name for shard in shards for cell in shard.cells]
+    assert sorted(names) == sorted(cell.name for cell in matrix.cells)
+    assert all(shard.cells for shard in shards)
+
+
+def test_shards_are_the_same_however_often_and_in_whatever_order_they_are_planned(matrix):
+    profile = matrix.profiles["cpu"]
+    once, again = plan.make_shards(matrix.cells, profile, 5), plan.make_shards(matrix.cells[::-1], profile, 5)
+    assert [{cell.name for cell in shard.cells} for shard in once] == [{cell.name for cell in shard.cells} for shard in again]
+
+
+def test_shards_are_balanced(matrix):
+    for profile in matrix.profiles.values():
+        costs = [shard.cost_s for shard in plan.make_shards(matrix.cells, profile, 4)]
+        assert max(costs) < 1.1 * sum(costs) / len(costs)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1000])
+def test_impossible_shard_counts_are_refused(matrix, count):
+    with pytest.raises(MatrixError, match=rf"--shards {count}: must be from 1 to the \d+ cells"):
+        plan.make_shards(matrix.cells, matrix.profiles["cpu"], count)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(matrix):
+    assert {cell.name.split("/")[0] for cell in plan.select(matrix, "models/*")} == {"models"}
+    with pytest.raises(MatrixError, match="--cells nothing: matches none"):
+        plan.select(matrix, "nothing")
+
+
+def test_github_matrix_lists_one_entry_per_shard(matrix):
+    entries = plan.github_matrix(plan.make_shards(matrix.cells, matrix.profiles["cpu"], 3))["include"]
+    assert [entry["shard"] for entry in entries] == ["1/3", "2/3", "3/3"]
+    assert sum(entry["cells"] for entry in entries) == len(matrix.cells)
+
+
+def test_the_hopper_profile_keeps_sizes_that_fit(matrix):
+    limits = matrix.profiles["hopper"].limits
+    cell = cell_named(matrix, "models/qwen3-30b-a3b")
+    assert not plan.experts_problem(cell, limits).is_cut(cell)
+    big = cell_named(matrix, "models/deepseek-v3")
+    cut = plan.experts_problem(big, limits).thiek
+    assert cut._replace(experts=256) == big.thiek
+    assert 8 * 4 <= cut.experts < 256
+
+
+def test_every_cut_problem_is_valid_and_within_its_limits(matrix):
+    limits = matrix.profiles["cpu"].limits
+    for cell in matrix.cells_of("layer"):
+        sizes, routing = plan.experts_problem(cell, limits)
+        assert sizes.hidden == cell.thiek.hidden
+        assert sizes.per_token == cell.thiek.per_token
+        assert sizes.intermediate % 16 == cell.thiek.intermediate % 16
+        assert all(small <= full for small, full in zip(sizes, cell.thiek, strict=True))
+        assert sizes.experts % routing.num_groups == 0
+        assert sizes.experts // routing.num_groups * routing.groups_per_token >= min(cell.thiek.experts, 2 * sizes.per_token) or (
+            sizes.experts == cell.thiek.experts
+        )
+        if cell.counts is None:
+            assert sizes.tokens * sizes.per_token <= limits.routed_rows
+
+
+def test_cutting_keeps_partial_tiles_partial(matrix):
+    cell = replace(cell_named(matrix, "experts/e8"), thiek=Sizes(8193, 1024, 520, 8, 2))
+    sizes = plan.experts_problem(cell, matrix.profiles["cpu"].limits).thiek
+    assert sizes.tokens % 128 == 1
+    assert sizes.intermediate % 16 == 8
+
+
+def test_cutting_a_rounded_cell_cuts_its_tile_and_nothing_else_of_its_routing(matrix):
+    cell = cell_named(matrix, "rounding/nearest")
+    routing: RoutingSpec = plan.experts_problem(cell, matrix.profiles["cpu"].limits).routing
+    assert routing == replace(cell.routing, tile_m=16)
