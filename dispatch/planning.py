@@ -1,0 +1,120 @@
+"""The dispatch plan: from the routing's slots to the experts' rows. Notation: T tokens, E experts, R slots."""
+
+import torch
+
+from dispatch import debug
+from dispatch.counting import bucket, check_ids, check_size, histogram
+from dispatch.types import DispatchPlan
+
+
+def plan(
+    token_index: torch.Tensor,
+    expert_index: torch.Tensor,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None = None,
+) -> DispatchPlan:
+    """Give every slot its row: experts in order, within an expert ascending by token, within a token by slot.
+
+    Args:
+        token_index: (R,) int32 or int64.
+        expert_index: (R,) int32 or int64. Ids outside [0, E) are sentinels and get no row.
+        num_tokens: T >= 0.
+        num_experts: E >= 1.
+        slots_per_token: K if slot ``t * K + j`` belongs to token t, which saves a sort; else None.
+
+    Returns:
+        A DispatchPlan; types.py describes its fields and has the worked example of six slots. Nothing waits for the
+        device and every shape follows from the arguments' shapes.
+
+    A slot whose token is outside [0, T) gets no row either, so that no index of the plan can be out of range. Under the debug
+    switch a slot with a valid expert and such a token is an error, as is a token_index that contradicts slots_per_token.
+
+    Raises:
+        TypeError, ValueError: wrong ranks, dtypes, sizes or devices, each named.
+
+    Worked example, T=2, E=2, four slots in no order, 9 is a sentinel::
+
+        token_index   = [1, 0, 1, 0]
+        expert_index  = [0, 0, 9, 1]
+        offsets       = [0, 2, 3]
+        row_to_slot   = [1, 0, 3, -1]     row_to_token = [0, 1, 0, -1]     slot_to_row = [1, 0, -1, 2]
+        token_offsets = [0, 2, 3]         token_slots  = [1, 3, 0, 2]      (slot 2 lies behind token_offsets[T])
+    """
+    check_ids("token_index", token_index)
+    check_ids("expert_index", expert_index)
+    check_size("num_tokens", num_tokens, least=0)
+    check_size("num_experts", num_experts, least=1)
+    if token_index.shape != expert_index.shape:
+        raise ValueError(f"token_index: length {token_index.shape[0]}: must equal expert_index's length {expert_index.shape[0]}")
+    if token_index.device != expert_index.device:
+        raise ValueError(f"token_index: device {token_index.device}: must equal expert_index's device {expert_index.device}")
+    if slots_per_token is not None:
+        check_size("slots_per_token", slots_per_token, least=1)
+        if num_tokens * slots_per_token != token_index.shape[0]:
+            raise ValueError(
+                f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {token_index.shape[0]} slots, "
+                f"num_tokens is {num_tokens}"
+            )
+    indices = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    return DispatchPlan(*indices, num_tokens, num_experts, slots_per_token)
+
+
+@torch.library.custom_op("sonicmoe_dispatch::plan", mutates_args=())
+def _plan(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if debug.enabled():
+        _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    expert = bucket(expert_index, num_experts)
+    slot = torch.arange(expert.shape[0], dtype=torch.int32, device=expert.device)
+    if slots_per_token is not None:
+        # Slots are sorted by token already: a stable sort by expert is all there is to do.
+        token = slot // slots_per_token
+        order = torch.sort(expert.to(torch.int32), stable=True).indices
+        token_offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=expert.device) * slots_per_token
+        token_slots = slot.clone()
+    else:
+        token = bucket(token_index, num_tokens)
+        expert = torch.where(token < num_tokens, expert, num_experts)
+        token = torch.where(expert < num_experts, token, num_tokens)
+        order = torch.sort(expert * (num_tokens + 1) + token, stable=True).indices
+        token_offsets = _offsets(token, num_tokens)
+        token_slots = torch.sort(token, stable=True).indices.to(torch.int32)
+    offsets = _offsets(expert, num_experts)
+    in_use = slot < offsets[-1]
+    row_to_slot = torch.where(in_use, order.to(torch.int32), -1)
+    row_to_token = torch.where(in_use, token[order].to(torch.int32), -1)
+    slot_to_row = torch.empty_like(slot).scatter_(0, order, torch.where(in_use, slot, -1))
+    return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
+
+
+@_plan.register_fake
+def _(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def indices(size: int) -> torch.Tensor:
+        return token_index.new_empty(size, dtype=torch.int32)
+
+    slots = token_index.shape[0]
+    return indices(num_experts + 1), indices(slots), indices(slots), indices(slots), indices(num_tokens + 1), indices(slots)
+
+
+def _offsets(buckets: torch.Tensor, size: int) -> torch.Tensor:
+    """(size + 1,) int32: the first position of each bucket when ``buckets``, in [0, size], are sorted."""
+    return torch.nn.functional.pad(histogram(buckets, size).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _check_tokens(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> None:
+    routed = bucket(expert_index, num_experts) < num_experts
+    inside = bucket(token_index, num_tokens) < num_tokens
+    debug.check_values(inside | ~routed, f"token_index: a routed slot's token is outside [0, {num_tokens})")
+    if slots_per_token is not None:
+        slot = torch.arange(token_index.shape[0], device=token_index.device)
+        debug.check_values(
+            token_index == slot // slots_per_token,
+            f"slots_per_token={slots_per_token}: slot t * {slots_per_token} + j must belong to token t, token_index says otherwise",
+        )
