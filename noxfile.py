@@ -1,0 +1,287 @@
+"""What runs here runs in CI: each session does its own set-up, and ``-- ARGS`` go to the command behind it.
+
+``nox -s matrix`` is the main job, ``nox -s tests`` the tests. With ``--no-venv`` nothing is installed: the packages
+and tools of the machine are used, without network.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["tests"]
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+OUT = ROOT / "out"
+APT_PACKAGES = {"bazel": "bazel-bootstrap", "cc": "gcc libc6-dev"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one stage of the tests came to."""
+
+    stage: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def interpreter(session: nox.Session, extra: str) -> str:
+    """Installs the project with one of its extras; returns the Python that has it."""
+    if not session.virtualenv.is_sandboxed:  # --no-venv
+        return sys.executable
+    constraints = os.environ.get("SONICMOE_CONSTRAINTS", "requirements/constraints.txt")
+    session.install("--constraint", constraints, "--editable", f".[{extra}]", silent=False)
+    return str(Path(session.bin) / "python")
+
+
+def run(session: nox.Session, *command: str | Path, env: dict[str, str] | None = None) -> None:
+    session.run(*map(str, command), env=env, external=True)
+
+
+def system_tool(session: nox.Session, *names: str) -> str:
+    """The path of the first of ``names`` on this machine; the last one is installed by apt where there is none."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found:
+        return found
+    packages = APT_PACKAGES[names[-1]]
+    as_root = [] if os.geteuid() == 0 else ["sudo"]
+    if shutil.which("apt-get") and (not as_root or shutil.which("sudo")):
+        session.log(f"no {' or '.join(names)} here: installing {packages}")
+        try:
+            run(session, *as_root, "apt-get", "update", "-qq")
+            run(session, *as_root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages.split())
+        except CommandFailed:
+            session.error(f"apt-get could not install {packages}; install {' or '.join(names)} by hand and run this again")
+        found = shutil.which(names[-1])
+    return found or session.error(
+        f"no {' or '.join(names)} on PATH and no apt-get to install {packages} with: install it, then run this again"
+    )
+
+
+def bazel_environment(python: str) -> dict[str, str]:
+    """The interpreter for Bazel's actions and tests, and its packages as part of their cache keys (see .bazelrc)."""
+    script = "from importlib.metadata import version as v; import sys; print(sys.version.split()[0], *(v(n) for n in sys.argv[1:]))"
+    names = ["torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "pytest"]
+    versions = subprocess.run([python, "-c", script, *names], capture_output=True, text=True, check=True).stdout.split()
+    toolchain = " ".join(f"{name}={version}" for name, version in zip(["python", *names], versions, strict=True))
+    return {"PYTHON": python, "SONICMOE_TOOLCHAIN": toolchain}
+
+
+def test_jobs() -> int:
+    """Test processes at once; beyond eight, torch's start-up costs more memory than it saves time."""
+    return max(1, min(os.cpu_count() or 1, 8))
+
+
+def pytest_stage(session: nox.Session, python: str, arguments: list[str]) -> tuple[int, int, int]:
+    report = OUT / "tests" / "pytest.xml"
+    report.unlink(missing_ok=True)
+    try:
+        run(
+            session,
+            *(python, "-m", "pytest", "-q", "-n", str(test_jobs()), "--timeout=300", f"--junitxml={report}"),
+            *arguments,
+            env={"OMP_NUM_THREADS": "1"},
+        )
+    except CommandFailed:
+        if not report.exists():
+            return 0, 1, 0
+    counts = ET.parse(report).getroot().find("testsuite")
+    total, failures, errors, skipped = (int(counts.get(key)) for key in ("tests", "failures", "errors", "skipped"))
+    return total - failures - errors - skipped, failures + errors, skipped
+
+
+def bazel_stage(session: nox.Session, python: str) -> tuple[int, int, int]:
+    bazel = system_tool(session, "bazelisk", "bazel")
+    events = OUT / "tests" / "bazel-events.json"
+    events.unlink(missing_ok=True)
+    try:
+        run(session, bazel, "test", "//...", f"--build_event_json_file={events}", env=bazel_environment(python))
+    except CommandFailed:
+        if not events.exists():
+            return 0, 1, 0
+        built = False
+    else:
+        built = True
+    summaries = [event["testSummary"] for event in map(json.loads, events.read_text().splitlines()) if "testSummary" in event]
+    passed = sum(summary["overallStatus"] in ("PASSED", "FLAKY") for summary in summaries)
+    failed = len(summaries) - passed
+    return passed, failed if built or failed else 1, 0
+
+
+def checks_stage(session: nox.Session, commands: list[list[str]]) -> tuple[int, int, int]:
+    """Each command is one check; all of them run."""
+    failed = 0
+    for command in commands:
+        try:
+            run(session, *command)
+        except CommandFailed:
+            failed += 1
+    return len(commands) - failed, failed, 0
+
+
+def lint_commands(python: str) -> list[list[str]]:
+    return [[python, "-m", "ruff", "check", "."], [python, "-m", "ruff", "format", "--check", "."]]
+
+
+def workflow_commands(python: str) -> list[list[str]]:
+    workflows = sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    return [
+        [python, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows],
+        [str(Path(python).with_name("zizmor")), "--offline", "--no-progress", ".github"],
+    ]
+
+
+def run_stages(session: nox.Session, stages: dict[str, Callable[[], tuple[int, int, int]]]) -> None:
+    """Runs every stage, whatever becomes of the others; then the table, and an error where one failed."""
+    (OUT / "tests").mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for stage, function in stages.items():
+        session.log(f"stage {stage}")
+        start = time.monotonic()
+        passed, failed, skipped = function()
+        outcomes.append(Outcome(stage, passed, failed, skipped, time.monotonic() - start))
+    lines = [f"{'stage':<16}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
+    lines += [f"{o.stage:<16}{o.passed:>8}{o.failed:>8}{o.skipped:>9}{o.seconds:>9.0f}" for o in outcomes]
+    failed = sum(outcome.failed for outcome in outcomes)
+    lines.append(f"{sum(outcome.passed for outcome in outcomes)} passed, {failed} failed")
+    summary = "\n".join(lines) + "\n"
+    print("\n" + summary, flush=True)
+    (OUT / "tests" / "summary.txt").write_text(summary)
+    if failed:
+        session.error(f"failed: {', '.join(outcome.stage for outcome in outcomes if outcome.failed)}")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Unit tests, `bazel test //...`, ruff and the workflow checks; with `-- ARGS`, only pytest with these arguments."""
+    (OUT / "tests" / "summary.txt").unlink(missing_ok=True)
+    python = interpreter(session, "dev")
+    system_tool(session, "cc")  # links the kernels that the tests build
+    stages = {"pytest": lambda: pytest_stage(session, python, session.posargs)}
+    if not session.posargs:
+        stages |= {
+            "bazel test //...": lambda: bazel_stage(session, python),
+            "ruff": lambda: checks_stage(session, lint_commands(python)),
+            "workflows": lambda: checks_stage(session, workflow_commands(python)),
+        }
+    run_stages(session, stages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and the workflow checks."""
+    python = interpreter(session, "dev")
+    run_stages(
+        session,
+        {
+            "ruff": lambda: checks_stage(session, lint_commands(python)),
+            "workflows": lambda: checks_stage(session, workflow_commands(python)),
+        },
+    )
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Runs the matrix on what this machine has; see `python -m testing.matrix run --help` for the arguments."""
+    run(session, interpreter(session, "matrix"), "-m", "testing.matrix", "run", *session.posargs)
+
+
+@nox.session
+def gpu_matrix(session: nox.Session) -> None:
+    """The matrix on an sm_90 GPU, which must be there."""
+    demand_hopper_gpu(session)
+    run(session, interpreter(session, "compile,matrix"), "-m", "testing.matrix", "run", "--profile", "hopper", *session.posargs)
+
+
+def demand_hopper_gpu(session: nox.Session) -> None:
+    """Asks the driver, before anything is installed."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which("nvidia-smi") else None
+    gpus = [] if listed is None or listed.returncode else listed.stdout.splitlines()
+    if not any(gpu.endswith(" 9.0") for gpu in gpus):
+        session.error(f"gpu_matrix needs an sm_90 GPU (H100, H200); this machine has {', '.join(gpus) or 'none that nvidia-smi lists'}")
+
+
+@nox.session
+def plan(session: nox.Session) -> None:
+    """Prints the matrix's shards as JSON; in a GitHub workflow also sets the step's output `shards`."""
+    python = interpreter(session, "matrix")
+    shards = session.run(python, "-m", "testing.matrix", "plan", *session.posargs, external=True, silent=True)
+    print(shards)
+    if "GITHUB_OUTPUT" in os.environ:
+        with open(os.environ["GITHUB_OUTPUT"], "a") as outputs:
+            outputs.write(f"shards={shards.strip()}\n")
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Merges the shards' results and decides; see `python -m testing.matrix gate --help` for the arguments."""
+    run(session, interpreter(session, "matrix"), "-m", "testing.matrix", "gate", *session.posargs)
+
+
+@nox.session
+def compile_all(session: nox.Session) -> None:
+    """Builds every kernel variant for sm_90a, in parallel, no GPU needed; `-- --out DIR` says where (default: out/kernels)."""
+    python = interpreter(session, "compile")
+    system_tool(session, "cc")
+    arguments = session.posargs if "--out" in session.posargs else ["--out", OUT / "kernels", *session.posargs]
+    run(session, python, "-m", "cute_runtime", "build", "--jobs", str(os.cpu_count() or 1), *arguments)
+
+
+def bazel_kernels(session: nox.Session, python: str, destination: Path) -> None:
+    """Builds the kernels with Bazel and copies them to a folder, which holds nothing else afterwards."""
+    system_tool(session, "cc")
+    bazel = system_tool(session, "bazelisk", "bazel")
+    environment = bazel_environment(python)
+    run(session, bazel, "build", "//:prebuilt_kernels", env=environment)
+    outputs = subprocess.run(
+        [bazel, "info", "bazel-bin"], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    partial = destination.with_name(destination.name + ".partial")
+    for folder in (partial, destination):
+        shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for kernel in Path(outputs.stdout.strip(), "prebuilt_kernels").iterdir():
+        shutil.copyfile(kernel, partial / kernel.name)
+    partial.rename(destination)
+    session.log(f"{len(list(destination.iterdir()))} kernels in {destination.relative_to(ROOT)}")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Builds every kernel variant with Bazel, so that only what changed is compiled, into out/kernels."""
+    bazel_kernels(session, interpreter(session, "dev"), OUT / "kernels")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Builds the kernels with Bazel and the wheel that carries them, into dist/."""
+    python = interpreter(session, "dev")
+    stage = OUT / "wheel"
+    shutil.rmtree(stage, ignore_errors=True)
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, tracked):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, stage / name)
+    bazel_kernels(session, python, stage / "cute_runtime" / "prebuilt")
+    run(
+        session,
+        *(python, "-m", "build", "--wheel", "--no-isolation", "--outdir", ROOT / "dist", stage),
+        f"--config-setting=--build-option=--plat-name=linux_{platform.machine()}",
+        *session.posargs,
+    )
+    shutil.rmtree(stage)
