@@ -1,0 +1,55 @@
+"""A router's settings in one place."""
+
+from dataclasses import dataclass
+
+import torch
+
+from routing.choosing import top_k
+from routing.rounding import check_rounding, token_rounding
+from routing.scoring import check_choice
+from routing.types import Routing
+
+METHODS = ("top_k", "token_rounding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How logits become a Routing. The fields are the arguments of top_k and token_rounding, whose docstrings explain them."""
+
+    k: int
+    method: str = "top_k"
+    scoring: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: str = "top2"
+    tile_m: int = 128
+    """Used by token_rounding, as is mode."""
+    mode: str = "nearest"
+
+    def validate(self, num_experts: int) -> None:
+        """Raise ValueError for what no logits (T, num_experts) could be routed with."""
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
+        check_choice(num_experts, self.k, self.scoring, self.scale, self.num_groups, self.groups_per_token, self.group_score)
+        check_rounding(self.tile_m, self.mode)
+
+    def route(
+        self, logits: torch.Tensor, *, selection_bias: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Routing:
+        """Route logits (T, E). The generator is token_rounding's, for its mode "stochastic"."""
+        scoring = {
+            "scoring": self.scoring,
+            "renormalize": self.renormalize,
+            "scale": self.scale,
+            "selection_bias": selection_bias,
+            "num_groups": self.num_groups,
+            "groups_per_token": self.groups_per_token,
+            "group_score": self.group_score,
+        }
+        if self.method == "top_k":
+            return top_k(logits, self.k, **scoring)
+        if self.method == "token_rounding":
+            return token_rounding(logits, self.k, self.tile_m, self.mode, generator=generator, **scoring)
+        raise ValueError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
