@@ -109,9 +109,7 @@ def _gather_sum_torch(
 
 
 @torch.library.custom_op("sonicmoe_dispatch::gather_sum_rows_grad", mutates_args=())
-def _rows_grad(
-    out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor
-) -> torch.Tensor:
+def _rows_grad(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
     grad = out_grad.new_empty(row_to_slot.shape[0], out_grad.shape[1])
     if out_grad.shape[0] == 0:
         return grad.zero_()
@@ -123,9 +121,7 @@ def _rows_grad(
 
 
 @_rows_grad.register_fake
-def _(
-    out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor
-) -> torch.Tensor:
+def _(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
     return out_grad.new_empty(row_to_slot.shape[0], out_grad.shape[1])
 
 
@@ -152,16 +148,14 @@ def _(
     return rows.new_empty(slot_to_row.shape[0], dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:
     rows, score, slot_to_row, row_to_slot, row_to_token, *_ = inputs
     rows_needed, score_needed, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(
-        rows if score_needed else None, score if rows_needed else None, slot_to_row, row_to_slot, row_to_token
-    )
+    ctx.save_for_backward(rows if score_needed else None, score if rows_needed else None, slot_to_row, row_to_slot, row_to_token)
     ctx.score_dtype = None if score is None else score.dtype
 
 
-def _backward(ctx, out_grad: torch.Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx, out_grad: torch.Tensor):
     rows, score, slot_to_row, row_to_slot, row_to_token = ctx.saved_tensors
     rows_needed, score_needed, *_ = ctx.needs_input_grad
     rows_grad = _rows_grad(out_grad, score, row_to_slot, row_to_token) if rows_needed else None
