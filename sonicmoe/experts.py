@@ -1,0 +1,241 @@
+"""`routed_experts`: the experts' feed-forward network on a routing's rows, differentiable.
+
+Forward, for every slot of the routing (token t, expert e, score s)::
+
+    z = w_up[e] @ x[t] + b_up[e]      a = act(z)      y = w_down[e] @ a + b_down[e]      o[t] += s * y
+
+Beyond inputs and parameters, backward keeps z (R, 2I) and indices and scores of O(R + T + E): not a, not y, no gathered copy of x.
+The two custom operators below are opaque to torch.compile and choose the backend; the autograd function around them decides
+what is stored and which gradients are worth computing.
+Notation: T tokens, H hidden size, I intermediate size, E experts, R routed slots (and rows), Z = 2I with a gate, else I.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+import dispatch
+from dispatch import DispatchPlan
+from routing import Routing
+from sonicmoe import backends, validation
+from sonicmoe.activations import is_gated
+
+
+def routed_experts(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    routing: Routing,
+    *,
+    b_up: torch.Tensor | None = None,
+    b_down: torch.Tensor | None = None,
+    activation: str = "swiglu",
+    gate_up_layout: str = "interleaved",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Send every token to its experts and sum what they return, weighted by the routing's scores.
+
+    Args:
+        x: (T, H) bfloat16, float16, float32 or float64; H a multiple of 8.
+        w_up: (E, 2I, H), or (E, I, H) for an activation without a gate; x's dtype; I a multiple of 8.
+        w_down: (E, H, I), x's dtype.
+        routing: who goes where, with what score; slots whose expert is outside [0, E) contribute nothing.
+        b_up: (E, 2I) or (E, I), like w_up's rows.
+        b_down: (E, H).
+        activation: swiglu, geglu, reglu (gated), silu, gelu, relu or relu_squared. gelu is the exact one.
+        gate_up_layout: "interleaved": rows 2i of w_up are gate and 2i + 1 up; "concatenated": the first I rows are gate.
+        backend: "auto", "hopper" or "reference"; see `sonicmoe.backends.resolve`.
+
+    Returns:
+        (T, H) in x's dtype; differentiable once in x, weights, biases and ``routing.score``.
+
+    Low-precision inputs accumulate in float32; z, a, y and the result are rounded to x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value, in one sentence, before any work.
+    """
+    validation.check_experts(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
+    options = _Options(activation, gate_up_layout, backends.resolve(backend, x.device))
+    plan = dispatch.plan(
+        routing.token_index,
+        routing.expert_index,
+        num_tokens=routing.num_tokens,
+        num_experts=routing.num_experts,
+        slots_per_token=routing.slots_per_token,
+    )
+    inputs = (x, w_up, w_down, b_up, b_down, routing.score)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return _RoutedExperts.apply(*inputs, plan, options)
+    return _forward(*inputs, *plan, *options, store_z=False)[0]
+
+
+class _Options(NamedTuple):
+    activation: str
+    gate_up_layout: str
+    backend: str
+
+
+class _Needs(NamedTuple):
+    """Which of the differentiable inputs need a gradient."""
+
+    x: bool
+    w_up: bool
+    w_down: bool
+    b_up: bool
+    b_down: bool
+    score: bool
+
+    @property
+    def dz(self) -> bool:
+        return self.x or self.w_up or self.b_up
+
+    @property
+    def z(self) -> bool:
+        return self.dz or self.w_down or self.score
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_up, w_down, b_up, b_down, score, plan, options):
+        needs = _Needs(*ctx.needs_input_grad[:6])
+        out, *z = _forward(x, w_up, w_down, b_up, b_down, score, *plan, *options, store_z=needs.z)
+        ctx.save_for_backward(
+            z[0] if z else None,
+            x if needs.w_up else None,
+            w_up if needs.x else None,
+            w_down if needs.dz or needs.score else None,
+            b_down if needs.score else None,
+            score,
+            *plan[:6],
+        )
+        ctx.sizes, ctx.options = plan[6:], options
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        needs = _Needs(*ctx.needs_input_grad[:6])
+        gradients = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, needs=list(needs)))
+        return *(next(gradients) if needed else None for needed in needs), None, None
+
+
+@torch.library.custom_op("sonicmoe::routed_experts", mutates_args=())
+def _forward(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    score: torch.Tensor,
+    offsets: torch.Tensor,
+    row_to_token: torch.Tensor,
+    row_to_slot: torch.Tensor,
+    slot_to_row: torch.Tensor,
+    token_offsets: torch.Tensor,
+    token_slots: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+    *,
+    store_z: bool,
+) -> list[torch.Tensor]:
+    """[o], or [o, z] with ``store_z``."""
+    plan = DispatchPlan(
+        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
+    )
+    operations = backends.load(backend)
+    with torch.autocast(x.device.type, enabled=False):
+        a, z = operations.up_projection(x, w_up, b_up, plan, activation=activation, gate_up_layout=gate_up_layout, store_z=store_z)
+        y = operations.down_projection(a, w_down, b_down, plan)
+        out = dispatch.gather_sum(y, score, plan)
+    return [out, z] if store_z else [out]
+
+
+@_forward.register_fake
+def _(x, w_up, w_down, b_up, b_down, score, offsets, row_to_token, *unused, store_z):
+    out = x.new_empty(x.shape)
+    return [out, x.new_empty(row_to_token.shape[0], w_up.shape[1])] if store_z else [out]
+
+
+@torch.library.custom_op("sonicmoe::routed_experts_backward", mutates_args=())
+def _backward(
+    dout: torch.Tensor,
+    z: torch.Tensor | None,
+    x: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    w_down: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    score: torch.Tensor,
+    offsets: torch.Tensor,
+    row_to_token: torch.Tensor,
+    row_to_slot: torch.Tensor,
+    slot_to_row: torch.Tensor,
+    token_offsets: torch.Tensor,
+    token_slots: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+    *,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """The gradients that ``needs`` (see _Needs) asks for, in its order. Inputs that they do not depend on may be None."""
+    plan = DispatchPlan(
+        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
+    )
+    need = _Needs(*needs)
+    operations = backends.load(backend)
+    dx = dw_up = dw_down = db_up = db_down = dscore = dz = scaled_a = None
+    with torch.autocast(dout.device.type, enabled=False):
+        if need.z:
+            dz, row_dscore, scaled_a = operations.activation_backward(
+                dout,
+                z,
+                w_down,
+                b_down,
+                score,
+                plan,
+                activation=activation,
+                gate_up_layout=gate_up_layout,
+                need_dz=need.dz,
+                need_dscore=need.score,
+                need_scaled_a=need.w_down,
+            )
+        if need.score:
+            dscore = torch.where(slot_to_row >= 0, row_dscore[slot_to_row.clamp(min=0)], 0)
+        if need.w_down or need.b_down:
+            dw_down, db_down = operations.down_weight_grad(dout, scaled_a, score, plan, need_weight=need.w_down, need_bias=need.b_down)
+        if need.w_up or need.b_up:
+            dw_up, db_up = operations.up_weight_grad(x, dz, plan, need_weight=need.w_up, need_bias=need.b_up)
+        if need.x:
+            dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan)
+    gradients = (dx, dw_up, dw_down, db_up, db_down, dscore)
+    return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
+
+
+@_backward.register_fake
+def _(dout, z, x, w_up, w_down, b_down, score, offsets, *plan_and_options, needs):
+    activation = plan_and_options[-3]
+    experts, hidden_size = offsets.shape[0] - 1, dout.shape[1]
+    up_rows = 0 if z is None else z.shape[1]
+    intermediate_size = up_rows // 2 if is_gated(activation) else up_rows
+    shapes = (
+        dout.shape,
+        (experts, up_rows, hidden_size),
+        (experts, hidden_size, intermediate_size),
+        (experts, up_rows),
+        (experts, hidden_size),
+    )
+    gradients = [dout.new_empty(shape) for shape, needed in zip(shapes, needs, strict=False) if needed]
+    return [*gradients, torch.empty_like(score)] if needs[5] else gradients
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise NotImplementedError("routed_experts: second derivatives (create_graph=True, double backward) are not available")
+
+
+_backward.register_autograd(_refuse_second_derivative)

@@ -1,0 +1,146 @@
+"""The Mixture-of-Experts layer. Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
+from sonicmoe import validation
+from sonicmoe.activations import is_gated
+from sonicmoe.experts import routed_experts
+from sonicmoe.router import Router
+
+
+class RouterOutput(NamedTuple):
+    """What the router decided, for auxiliary losses and monitoring."""
+
+    logits: torch.Tensor
+    """(T, E) float32 (float64 for a float64 layer)."""
+    routing: Routing
+    counts: torch.Tensor
+    """(E,) int32, the rows of each expert."""
+    load_balance_loss: torch.Tensor
+    """Scalar, see `routing.load_balance_loss`."""
+    z_loss: torch.Tensor
+    """Scalar, see `routing.router_z_loss`."""
+
+
+class MoE(nn.Module):
+    """Tokens (..., H) -> (..., H): a router picks each token's experts, and their outputs are summed, weighted by its scores.
+
+    Forward: logits = x @ router.weight.T in float32; routing by ``router_config``; `routed_experts`.
+
+    Under autocast, x, weights and biases are cast to autocast's dtype, which is then the output's; the router's logits are float32
+    always. Otherwise x must have the weights' dtype.
+
+    Args:
+        hidden_size: H, a multiple of 8.
+        intermediate_size: I, a multiple of 8.
+        num_experts: E.
+        num_experts_per_tok: K, at most E.
+        activation: swiglu, geglu, reglu (gated), silu, gelu, relu or relu_squared.
+        bias: whether the experts' two projections have biases.
+        gate_up_layout: "interleaved" or "concatenated", see `routed_experts`.
+        router: how logits become a routing, with the same K; top-K over a softmax by default. May be replaced later through
+            the attribute ``router_config``.
+        selection_bias: whether the router has a bias that takes part in the choice of experts only.
+        backend: "auto", "hopper" or "reference".
+        device, dtype: of the parameters, as in any `torch.nn.Module`.
+
+    Attributes:
+        router: `Router` with weight (E, H).
+        w_up: (E, 2I, H), or (E, I, H) for an activation without a gate.
+        w_down: (E, H, I).
+        b_up, b_down: (E, 2I) or (E, I), and (E, H); None without ``bias``.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be, in one sentence.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        gate_up_layout: str = "interleaved",
+        router: RouterConfig | None = None,
+        selection_bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        validation.check_options(activation, gate_up_layout, backend)
+        validation.check_sizes(hidden_size, intermediate_size, num_experts, num_experts_per_tok)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        validation.check_dtype(dtype)
+        router = RouterConfig(k=num_experts_per_tok) if router is None else router
+        router.validate(num_experts)
+        if router.k != num_experts_per_tok:
+            raise ValueError(f"router.k={router.k}: must be num_experts_per_tok={num_experts_per_tok}")
+        super().__init__()
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.activation, self.gate_up_layout = activation, gate_up_layout
+        self.router_config, self.backend = router, backend
+        make = {"device": device, "dtype": dtype}
+        up_rows = intermediate_size * (2 if is_gated(activation) else 1)
+        self.router = Router(hidden_size, num_experts, selection_bias=selection_bias, **make)
+        self.w_up = nn.Parameter(torch.empty(num_experts, up_rows, hidden_size, **make))
+        self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **make))
+        self.register_parameter("b_up", nn.Parameter(torch.empty(num_experts, up_rows, **make)) if bias else None)
+        self.register_parameter("b_down", nn.Parameter(torch.empty(num_experts, hidden_size, **make)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.Linear` for each expert: weights and biases uniform within 1/sqrt(fan-in)."""
+        for weight, bias in ((self.w_up, self.b_up), (self.w_down, self.b_down)):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+        self.router.reset_parameters()
+
+    def forward(self, x: torch.Tensor, *, return_router: bool = False) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
+        """(..., H) -> (..., H), with ``return_router`` also a RouterOutput."""
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be (..., {self.hidden_size})")
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        if not autocast and x.dtype != self.w_up.dtype:
+            raise TypeError(f"x has dtype {x.dtype}: must be the weights' {self.w_up.dtype} outside of autocast")
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.w_up.dtype
+        tokens = x.reshape(-1, self.hidden_size)
+        parameters = (self.w_up, self.w_down, self.b_up, self.b_down)
+        w_up, w_down, b_up, b_down = (None if parameter is None else parameter.to(dtype) for parameter in parameters)
+        with torch.autocast(device_type, enabled=False):
+            logits = self.router(tokens)
+            routing = self.router_config.route(logits, selection_bias=self.router.selection_bias)
+            out = routed_experts(
+                tokens.to(dtype),
+                w_up,
+                w_down,
+                routing,
+                b_up=b_up,
+                b_down=b_down,
+                activation=self.activation,
+                gate_up_layout=self.gate_up_layout,
+                backend=self.backend,
+            ).reshape(x.shape)
+            return (out, self._router_output(logits, routing)) if return_router else out
+
+    def _router_output(self, logits: torch.Tensor, routing: Routing) -> RouterOutput:
+        balance = load_balance_loss(logits, routing, scoring=self.router_config.scoring)
+        return RouterOutput(logits, routing, expert_counts(routing), balance, router_z_loss(logits))
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, num_experts={self.num_experts}, "
+            f"num_experts_per_tok={self.num_experts_per_tok}, activation={self.activation}, bias={self.b_up is not None}, "
+            f"gate_up_layout={self.gate_up_layout}, routing={self.router_config.method}, backend={self.backend}"
+        )

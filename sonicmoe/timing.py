@@ -1,0 +1,137 @@
+"""How long something takes, and what a layer's arithmetic would take at best.
+
+Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed rows.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from sonicmoe.thiek import Thiek
+
+
+class Timing(NamedTuple):
+    """Times of one variant in milliseconds."""
+
+    ms: float
+    """Median."""
+    ms_spread: float
+    """Distance between the quartiles."""
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What to time: ``run(prepare())``, where only ``run`` is on the clock."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
+
+
+def measure(
+    variants: Mapping[str, Variant],
+    *,
+    device: torch.device | str,
+    warmup_s: float = 0.2,
+    measure_s: float = 0.5,
+    min_repeats: int = 5,
+    max_repeats: int = 200,
+) -> dict[str, Timing]:
+    """Time all variants in turn, round after round, so that a drifting clock or neighbour meets all of them alike.
+
+    Args:
+        device: where they run. CUDA events on a GPU, `time.perf_counter` elsewhere.
+        warmup_s: rounds are run untimed until this much time has passed, at least one.
+        measure_s: rounds are run until this much time was measured per variant, within the two bounds on repeats.
+    """
+    device = torch.device(device)
+    clock = _cuda_ms if device.type == "cuda" else _host_ms
+    begin, warm = time.perf_counter(), False
+    while not warm or time.perf_counter() - begin < warmup_s * len(variants):
+        for variant in variants.values():
+            clock(variant, device)
+        warm = True
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    rounds, total = 0, 0.0
+    while rounds < max_repeats and (rounds < min_repeats or total < measure_s * 1e3 * len(variants)):
+        for name, variant in variants.items():
+            samples[name].append(clock(variant, device))
+            total += samples[name][-1]
+        rounds += 1
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(samples: list[float]) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], 0.0, 1)
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(quartiles[1], quartiles[2] - quartiles[0], len(samples))
+
+
+def _cuda_ms(variant: Variant, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        argument = variant.prepare()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        variant.run(argument)
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _host_ms(variant: Variant, device: torch.device) -> float:
+    argument = variant.prepare()
+    begin = time.perf_counter()
+    variant.run(argument)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def model_flops(rows: int, hidden_size: int, intermediate_size: int, *, gated: bool) -> dict[str, float]:
+    """FLOPs of the experts' products by mode: 6 R H I forward, 12 backward with a gate; 4 and 8 without."""
+    forward = 2.0 * rows * hidden_size * intermediate_size * (3 if gated else 2)
+    return {"inference": forward, "forward": forward, "backward": 2 * forward, "forward+backward": 3 * forward}
+
+
+def tflops(flops: float, ms: float) -> float:
+    """10^12 floating-point operations a second."""
+    return flops / (ms * 1e9) if ms > 0 else math.nan
+
+
+def bound_rows(thiek: Thiek) -> int:
+    """Rows of each expert in the GEMM bound, T*K/E rounded up, at least 1."""
+    return max(1, -(-thiek.rows // thiek.E))
+
+
+def gemm_bound_variants(thiek: Thiek, *, dtype: torch.dtype, device: torch.device | str, gated: bool = True) -> dict[str, Variant]:
+    """The yardstick: the layer's products alone, as batched products with equal experts, on normally distributed data.
+
+    Returns:
+        "bound forward": the two products of a forward pass; "bound backward": the four of a backward pass; and
+        "bound forward+backward": all six. To be timed by `measure` next to the layer.
+    """
+    E, M, H, I, Z = thiek.E, bound_rows(thiek), thiek.H, thiek.I, thiek.I * (2 if gated else 1)
+    make = {"dtype": dtype, "device": device}
+    x, dy, a, z = (torch.randn(E, M, width, **make) for width in (H, H, I, Z))
+    w_up = torch.randn(E, Z, H, **make) / math.sqrt(H)
+    w_down = torch.randn(E, H, I, **make) / math.sqrt(I)
+
+    def forward(_: object) -> None:
+        torch.bmm(x, w_up.mT)
+        torch.bmm(a, w_down.mT)
+
+    def backward(_: object) -> None:
+        torch.bmm(dy, w_down)
+        torch.bmm(dy.mT, a)
+        torch.bmm(z, w_up)
+        torch.bmm(z.mT, x)
+
+    def both(_: object) -> None:
+        forward(_)
+        backward(_)
+
+    return {"bound forward": Variant(forward), "bound backward": Variant(backward), "bound forward+backward": Variant(both)}

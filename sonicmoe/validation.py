@@ -1,0 +1,101 @@
+"""What the layer and `routed_experts` accept. Every refusal is one sentence: argument, value, what is allowed.
+
+Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed slots.
+"""
+
+import torch
+
+from routing import Routing
+from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
+from sonicmoe.backends import check_name
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_options(activation: str, gate_up_layout: str, backend: str) -> None:
+    """Raises ValueError."""
+    for name, value, allowed in (("activation", activation, ACTIVATIONS), ("gate_up_layout", gate_up_layout, LAYOUTS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    check_name(backend)
+
+
+def check_sizes(hidden_size: int, intermediate_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+    """Raises ValueError, or TypeError for what is no integer."""
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+    }
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: must be an int")
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    for name in ("hidden_size", "intermediate_size"):
+        if sizes[name] % 8:
+            raise ValueError(f"{name}={sizes[name]}: must be a multiple of 8")
+    if num_experts_per_tok > num_experts:
+        raise ValueError(f"num_experts_per_tok={num_experts_per_tok}: must be at most num_experts={num_experts}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPES))}")
+
+
+def check_experts(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    routing: Routing,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+) -> None:
+    """The arguments of `routed_experts`. Raises ValueError or TypeError."""
+    check_options(activation, gate_up_layout, backend)
+    for name, tensor, shape in (("x", x, "(T, H)"), ("w_up", w_up, "(E, 2I, H)"), ("w_down", w_down, "(E, H, I)")):
+        if tensor.dim() != len(shape.split(",")):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape}")
+    tokens, hidden_size = x.shape
+    num_experts, _, intermediate_size = w_down.shape
+    check_sizes(hidden_size, intermediate_size, num_experts, 1)
+    up_rows = intermediate_size * (2 if is_gated(activation) else 1)
+    expected = {
+        "w_up": (w_up, (num_experts, up_rows, hidden_size)),
+        "w_down": (w_down, (num_experts, hidden_size, intermediate_size)),
+        "b_up": (b_up, (num_experts, up_rows)),
+        "b_down": (b_down, (num_experts, hidden_size)),
+    }
+    check_dtype(x.dtype)
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} for x {tuple(x.shape)} and activation {activation}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}: must be x's {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: must be on x's device {x.device}")
+    _check_routing(routing, x, tokens, num_experts)
+
+
+def _check_routing(routing: Routing, x: torch.Tensor, tokens: int, num_experts: int) -> None:
+    for name, value, expected in (("num_tokens", routing.num_tokens, tokens), ("num_experts", routing.num_experts, num_experts)):
+        if value != expected:
+            raise ValueError(f"routing.{name}={value}: must be {expected}, as x and the weights have it")
+    slots = routing.token_index.shape
+    for name in ("token_index", "expert_index", "score"):
+        tensor = getattr(routing, name)
+        if tensor.dim() != 1 or tensor.shape != slots:
+            raise ValueError(f"routing.{name} has shape {tuple(tensor.shape)}: must be (R,) as token_index {tuple(slots)}")
+        if tensor.device != x.device:
+            raise ValueError(f"routing.{name} is on {tensor.device}: must be on x's device {x.device}")
+        allowed = (torch.float32, torch.float64) if name == "score" else (torch.int32, torch.int64)
+        if tensor.dtype not in allowed:
+            raise TypeError(f"routing.{name} has dtype {tensor.dtype}: must be {allowed[0]} or {allowed[1]}")
