@@ -2,6 +2,7 @@
 
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed rows.
 A file that cannot be is refused before anything runs, in one sentence with file, line and cell (MatrixError).
+This module, the plan, the gate and the reports need no torch, so that a plain CI runner can plan and decide.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from sonicmoe.thiek import Thiek
 from testing.matrix.located import LocatedDict, MatrixError, load
 
 DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
@@ -23,16 +25,6 @@ GROUP_SCORES = ("top2", "max")
 ROUNDING_MODES = ("nearest", "up", "down", "stochastic", "balanced")
 SPEED_MODES = ("inference", "forward", "forward+backward")
 TENSORS = ("o", "dx", "dw_up", "dw_down", "db_up", "db_down", "drouter")
-
-
-class Sizes(NamedTuple):
-    """(T, H, I, E, K), the five numbers that name a layer's problem."""
-
-    tokens: int
-    hidden: int
-    intermediate: int
-    experts: int
-    per_token: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class LayerCell(Cell):
     """Routing, dispatch, forward and all gradients of one layer."""
 
     kind: ClassVar[str] = "layer"
-    thiek: Sizes
+    thiek: Thiek
     routing: RoutingSpec
     load: str = "normal"
     counts: tuple[int, ...] | None = None
@@ -112,11 +104,10 @@ class SpeedCell(Cell):
 
     kind: ClassVar[str] = "speed"
     needs_gpu: ClassVar[bool] = True
-    thiek: Sizes
+    thiek: Thiek
     routing: RoutingSpec
     mode: str
     dtype: str = "bf16"
-    load: str = "normal"
 
 
 @dataclass(frozen=True)
@@ -284,16 +275,16 @@ class _Reader:
             self.fail(body.lines.get(key, body.line), where, f"{key} must be a list of whole numbers of at least {low}")
         return tuple(value)
 
-    def sizes(self, body: LocatedDict, where: str) -> Sizes:
+    def sizes(self, body: LocatedDict, where: str) -> Thiek:
         line = body.lines.get("thiek", body.line)
         value = self.integers(body, "thiek", where, low=0)
         if len(value) != 5:
             self.fail(line, where, f"thiek {list(value)} must be the five numbers [T, H, I, E, K]")
-        sizes = Sizes(*value)
-        for name, size in (("H", sizes.hidden), ("I", sizes.intermediate)):
+        sizes = Thiek(*value)
+        for name, size in (("H", sizes.H), ("I", sizes.I)):
             if size < 8 or size % 8:
                 self.fail(line, where, f"{name}={size} must be a positive multiple of 8")
-        self.check_choice_of_experts(sizes.experts, sizes.per_token, line, where)
+        self.check_choice_of_experts(sizes.E, sizes.K, line, where)
         return sizes
 
     def check_choice_of_experts(self, experts: int, per_token: int, line: int, where: str) -> None:
@@ -384,14 +375,14 @@ class _Reader:
         known = {field.name for field in fields(LayerCell)} - {"line"}
         self.check_keys(body, where, required={"name", "thiek", "routing"}, optional=known - {"name", "thiek", "routing"})
         sizes = self.sizes(body, where)
-        routing = self.named_routing(body, where, sizes.experts, sizes.per_token)
+        routing = self.named_routing(body, where, sizes.E, sizes.K)
         counts = self.integers(body, "counts", where, low=0) or None
         if counts is not None:
             at = body.lines["counts"]
-            if sizes.per_token != 1 or routing.method != "top_k":
+            if sizes.K != 1 or routing.method != "top_k":
                 self.fail(at, where, "counts needs K=1 and a top_k routing")
-            if len(counts) != sizes.experts or sum(counts) != sizes.tokens:
-                wanted = f"E={sizes.experts} numbers with sum T={sizes.tokens}"
+            if len(counts) != sizes.E or sum(counts) != sizes.T:
+                wanted = f"E={sizes.E} numbers with sum T={sizes.T}"
                 self.fail(at, where, f"counts has {len(counts)} numbers with sum {sum(counts)}; it must be {wanted}")
         yield LayerCell(
             name=name,
@@ -435,11 +426,11 @@ class _Reader:
 
     def read_speed(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
         where = f"cell {name}"
-        self.check_keys(body, where, required={"name", "thiek", "routing", "modes"}, optional={"dtype", "load"})
+        self.check_keys(body, where, required={"name", "thiek", "routing", "modes"}, optional={"dtype"})
         sizes = self.sizes(body, where)
-        if sizes.tokens == 0:
+        if sizes.T == 0:
             self.fail(line, where, "T=0 has no speed")
-        routing = self.named_routing(body, where, sizes.experts, sizes.per_token)
+        routing = self.named_routing(body, where, sizes.E, sizes.K)
         if not isinstance(body["modes"], list) or not body["modes"]:
             self.fail(body.lines["modes"], where, f"modes must be a list of {', '.join(SPEED_MODES)}")
         for mode in body["modes"]:
@@ -452,5 +443,4 @@ class _Reader:
                 routing=routing,
                 mode=mode,
                 dtype=self.choice(body, "dtype", ("bf16", "fp16"), where, "bf16"),
-                load=self.choice(body, "load", LOADS, where, "normal"),
             )

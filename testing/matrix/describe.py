@@ -44,5 +44,5 @@ def describe(cell: Cell, profile: Profile) -> dict[str, Any]:
     elif isinstance(cell, CountCell):
         words |= {"thiek": [None, None, None, cell.experts, None], "routing": None, "dtype": "int32, int64", "mode": "count_cumsum"}
     elif isinstance(cell, SpeedCell):
-        words |= {"thiek": list(cell.thiek), "routing": cell.routing.name, "load": cell.load, "dtype": cell.dtype, "mode": cell.mode}
+        words |= {"thiek": list(cell.thiek), "routing": cell.routing.name, "dtype": cell.dtype, "mode": cell.mode}
     return words

@@ -7,6 +7,7 @@ import fnmatch
 from dataclasses import replace
 from typing import NamedTuple
 
+from sonicmoe.thiek import Thiek
 from testing.matrix.cells import (
     Cell,
     CountCell,
@@ -17,7 +18,6 @@ from testing.matrix.cells import (
     Profile,
     RoutingCell,
     RoutingSpec,
-    Sizes,
     SpeedCell,
 )
 
@@ -41,7 +41,7 @@ _BYTES_PER_WEIGHT = 64
 class ExpertsProblem(NamedTuple):
     """What the experts of a layer cell run at under a profile."""
 
-    thiek: Sizes
+    thiek: Thiek
     routing: RoutingSpec
 
     def is_cut(self, cell: LayerCell) -> bool:
@@ -87,9 +87,9 @@ def experts_problem(cell: LayerCell, limits: Limits) -> ExpertsProblem:
     if cell.counts is None:
         affordable = limits.weight_elements // weights_per_expert(cell, hidden, intermediate)
         experts = min(experts, _choosable_experts(max(affordable, 2 * per_token, 8), routing, per_token))
-    if limits.tile_m is not None and routing.tile_m is not None and tokens < cell.thiek.tokens:
+    if limits.tile_m is not None and routing.tile_m is not None and tokens < cell.thiek.T:
         routing = replace(routing, tile_m=min(routing.tile_m, limits.tile_m))
-    return ExpertsProblem(Sizes(tokens, hidden, intermediate, experts, per_token), routing)
+    return ExpertsProblem(Thiek(tokens, hidden, intermediate, experts, per_token), routing)
 
 
 def _choosable_experts(experts: int, routing: RoutingSpec, per_token: int) -> int:
@@ -106,8 +106,8 @@ def cost_seconds(cell: Cell, profile: Profile) -> float:
         flops = 6 * weights_per_expert(cell, hidden, intermediate) * tokens * per_token
         return (
             _SECONDS_PER_CELL
-            + _SECONDS_PER_LOGIT * full.tokens * full.experts
-            + _SECONDS_PER_ROW * full.tokens * full.per_token
+            + _SECONDS_PER_LOGIT * full.T * full.E
+            + _SECONDS_PER_ROW * full.T * full.K
             + _SECONDS_PER_FLOP * flops * (1 + profile.repeats)
             + _SECONDS_PER_WEIGHT * experts * weights_per_expert(cell, hidden, intermediate)
         )
@@ -126,9 +126,9 @@ def memory_bytes(cell: Cell, profile: Profile) -> int:
     """Estimated peak memory of the worker that runs a cell, the process itself included."""
     if isinstance(cell, LayerCell):
         problem = experts_problem(cell, profile.limits).thiek
-        weights = problem.experts * weights_per_expert(cell, problem.hidden, problem.intermediate)
-        rows = cell.thiek.tokens * cell.thiek.per_token + problem.tokens * problem.per_token * problem.hidden // 16
-        logits = cell.thiek.tokens * cell.thiek.experts
+        weights = problem.E * weights_per_expert(cell, problem.H, problem.I)
+        rows = cell.thiek.T * cell.thiek.K + problem.T * problem.K * problem.H // 16
+        logits = cell.thiek.T * cell.thiek.E
     elif isinstance(cell, RoutingCell):
         weights, rows, logits = 0, cell.tokens * cell.per_token, cell.tokens * cell.experts
     else:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from sonicmoe.thiek import Thiek
 from testing.matrix import plan
-from testing.matrix.cells import MatrixError, RoutingSpec, Sizes, load_matrix
+from testing.matrix.cells import MatrixError, RoutingSpec, load_matrix
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +62,29 @@ def test_the_hopper_profile_keeps_sizes_that_fit(matrix):
     assert not plan.experts_problem(cell, limits).is_cut(cell)
     big = cell_named(matrix, "models/deepseek-v3")
     cut = plan.experts_problem(big, limits).thiek
-    assert cut._replace(experts=256) == big.thiek
-    assert 8 * 4 <= cut.experts < 256
+    assert cut._replace(E=256) == big.thiek
+    assert 8 * 4 <= cut.E < 256
 
 
 def test_every_cut_problem_is_valid_and_within_its_limits(matrix):
     limits = matrix.profiles["cpu"].limits
     for cell in matrix.cells_of("layer"):
         sizes, routing = plan.experts_problem(cell, limits)
-        assert sizes.hidden == cell.thiek.hidden
-        assert sizes.per_token == cell.thiek.per_token
-        assert sizes.intermediate % 16 == cell.thiek.intermediate % 16
+        assert sizes.H == cell.thiek.H
+        assert sizes.K == cell.thiek.K
+        assert sizes.I % 16 == cell.thiek.I % 16
         assert all(small <= full for small, full in zip(sizes, cell.thiek, strict=True))
-        assert sizes.experts % routing.num_groups == 0
-        assert sizes.experts // routing.num_groups * routing.groups_per_token >= min(cell.thiek.experts, 2 * sizes.per_token) or (
-            sizes.experts == cell.thiek.experts
-        )
+        assert sizes.E % routing.num_groups == 0
+        assert sizes.E // routing.num_groups * routing.groups_per_token >= min(cell.thiek.E, 2 * sizes.K) or (sizes.E == cell.thiek.E)
         if cell.counts is None:
-            assert sizes.tokens * sizes.per_token <= limits.routed_rows
+            assert limits.routed_rows >= sizes.T * sizes.K
 
 
 def test_cutting_keeps_partial_tiles_partial(matrix):
-    cell = replace(cell_named(matrix, "experts/e8"), thiek=Sizes(8193, 1024, 520, 8, 2))
+    cell = replace(cell_named(matrix, "experts/e8"), thiek=Thiek(8193, 1024, 520, 8, 2))
     sizes = plan.experts_problem(cell, matrix.profiles["cpu"].limits).thiek
-    assert sizes.tokens % 128 == 1
-    assert sizes.intermediate % 16 == 8
+    assert sizes.T % 128 == 1
+    assert sizes.I % 16 == 8
 
 
 def test_cutting_a_rounded_cell_cuts_its_tile_and_nothing_else_of_its_routing(matrix):

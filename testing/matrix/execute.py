@@ -1,0 +1,64 @@
+"""What a worker does with a cell: run its checks on this machine's device and measure its time and memory."""
+
+import os
+import resource
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from testing.matrix.cells import Cell, CountCell, LayerCell, Profile, RoutingCell, SpeedCell, load_matrix
+from testing.matrix.checks_dispatch import check_counts
+from testing.matrix.checks_layer import measure_layer
+from testing.matrix.checks_speed import measure_speed
+from testing.matrix.pool import Work
+from testing.matrix.route import check_route
+
+
+def prepare(matrix_path: Path, profile_name: str, device: str) -> Work:
+    """Load the matrix once per worker; the returned function runs one cell by name."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    matrix = load_matrix(matrix_path)
+    profile = matrix.profiles[profile_name]
+    cells = {cell.name: cell for cell in matrix.cells}
+
+    def work(name: str, seed: int) -> dict[str, Any]:
+        return run_cell(cells[name], profile, seed, device)
+
+    return work
+
+
+def run_cell(cell: Cell, profile: Profile, seed: int, device: str) -> dict[str, Any]:
+    """Measure one cell. An exception is a result too: the cell fails with its type and message."""
+    started = time.perf_counter()
+    try:
+        measured = _run(cell, profile, seed, device)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        measured = {"crash": f"{type(error).__name__}: {lines[0]}", "traceback": traceback.format_exc(limit=-8)}
+    return {**measured, "seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device))}
+
+
+def _run(cell: Cell, profile: Profile, seed: int, device: str) -> dict[str, Any]:
+    if isinstance(cell, LayerCell):
+        return measure_layer(cell, profile, seed, device)
+    if isinstance(cell, RoutingCell):
+        return {"checks": _as_dicts(check_route(cell.routing, cell.load, cell.tokens, cell.experts, cell.per_token, seed, device))}
+    if isinstance(cell, CountCell):
+        return {"checks": _as_dicts(check_counts(cell, seed, device))}
+    if isinstance(cell, SpeedCell):
+        return measure_speed(cell, seed)
+    raise TypeError(f"{type(cell).__name__}: this kind of cell cannot be run")
+
+
+def _as_dicts(checks: Any) -> list[dict[str, Any]]:
+    return [check._asdict() for check in checks]
+
+
+def _peak_mib(device: str) -> float:
+    """Device memory where there is a device, else the largest resident size of this worker so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
