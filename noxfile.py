@@ -67,9 +67,9 @@ def system_tool(session: nox.Session, *names: str) -> str:
         except CommandFailed:
             session.error(f"apt-get could not install {packages}; install {' or '.join(names)} by hand and run this again")
         found = shutil.which(names[-1])
-    return found or session.error(
-        f"no {' or '.join(names)} on PATH and no apt-get to install {packages} with: install it, then run this again"
-    )
+    if found is None:
+        session.error(f"no {' or '.join(names)} on PATH and no apt-get to install {packages} with: install it, then run this again")
+    return found
 
 
 def bazel_environment(python: str) -> dict[str, str]:
@@ -92,7 +92,7 @@ def pytest_stage(session: nox.Session, python: str, arguments: list[str]) -> tup
     try:
         run(
             session,
-            *(python, "-m", "pytest", "-q", "-n", str(test_jobs()), "--timeout=300", f"--junitxml={report}"),
+            *(python, "-m", "pytest", "-q", "-n", str(test_jobs()), "--dist=loadgroup", "--timeout=300", f"--junitxml={report}"),
             *arguments,
             env={"OMP_NUM_THREADS": "1"},
         )
@@ -248,9 +248,8 @@ def bazel_kernels(session: nox.Session, python: str, destination: Path) -> None:
     bazel = system_tool(session, "bazelisk", "bazel")
     environment = bazel_environment(python)
     run(session, bazel, "build", "//:prebuilt_kernels", env=environment)
-    outputs = subprocess.run(
-        [bazel, "info", "bazel-bin"], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
-    )
+    info = [bazel, "info", "bazel-bin"]
+    outputs = subprocess.run(info, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
     partial = destination.with_name(destination.name + ".partial")
     for folder in (partial, destination):
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,8 +9,9 @@ PyFilesInfo = provider(
 
 def _collect(ctx, files):
     """Returns (depset of files, runfiles) of `files` and everything in deps and data."""
-    targets = ctx.attr.deps + ctx.attr.data
-    transitive = [dep[PyFilesInfo].files for dep in ctx.attr.deps] + [target.files for target in ctx.attr.data]
+    libraries = ctx.attr.deps + ctx.attr.runtime_deps
+    targets = libraries + ctx.attr.data
+    transitive = [library[PyFilesInfo].files for library in libraries] + [target.files for target in ctx.attr.data]
     runfiles = ctx.runfiles(files = files + ctx.files.data)
     for target in targets:  # runfiles.merge_all is missing in Bazel 4
         runfiles = runfiles.merge(target[DefaultInfo].default_runfiles)
@@ -26,6 +27,7 @@ def _library_impl(ctx):
 _COMMON_ATTRS = {
     "data": attr.label_list(allow_files = True, doc = "files read at run time"),
     "deps": attr.label_list(providers = [PyFilesInfo], doc = "exactly the libraries that srcs import"),
+    "runtime_deps": attr.label_list(providers = [PyFilesInfo], doc = "libraries that srcs find by name at run time"),
 }
 
 _library = rule(
@@ -43,7 +45,7 @@ root="${{TEST_SRCDIR:-$0.runfiles}}/{workspace}"
 scratch="${{TEST_TMPDIR:-$(mktemp -d)}}"
 cd "$root"
 export PYTHONPATH="$root" PYTHONDONTWRITEBYTECODE=1 HOME="$scratch"
-exec "${{PYTHON:-python3}}" -m pytest -p no:cacheprovider -p no:xdist --basetemp="$scratch/pytest" \\
+exec "${{PYTHON:-python3}}" -m pytest -p no:cacheprovider --basetemp="$scratch/pytest" \\
     --junitxml="${{XML_OUTPUT_FILE:-$scratch/test.xml}}" -m '{marker}' {files} "$@"
 """
 
@@ -73,17 +75,16 @@ _pytest_test = rule(
     ),
 )
 
-def sonic_py_library(name, srcs, deps = [], data = [], **kwargs):
+def sonic_py_library(name, srcs, deps = [], **kwargs):
     """A library whose deps are exactly its imports (kept by //build_defs/tests:test_build_files).
 
     Args:
       name: target name; the package's main library has the folder's name.
       srcs: Python files.
       deps: libraries that the files import.
-      data: files that the library reads.
-      **kwargs: visibility and other common attributes.
+      **kwargs: data, runtime_deps (libraries found by name at run time), visibility and other common attributes.
     """
-    _library(name = name, srcs = srcs, deps = deps, data = data, **kwargs)
+    _library(name = name, srcs = srcs, deps = deps, **kwargs)
 
 def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = [], size = "small", **kwargs):
     """One pytest file as a test target named after it; with gpu = True also NAME_gpu for its GPU-marked tests.
@@ -99,7 +100,7 @@ def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = 
       gpu_data: files that only the GPU tests read, such as prebuilt kernels.
       tags: Bazel tags.
       size: Bazel test size.
-      **kwargs: common test attributes.
+      **kwargs: runtime_deps and common test attributes.
     """
     name = src[:-len(".py")]
     _pytest_test(

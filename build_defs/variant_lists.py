@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
+HEADER = '"""Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel."""'
 
 
 def prebuilt_variants(root: Path) -> list[dict[str, str]]:
@@ -20,29 +21,14 @@ def prebuilt_variants(root: Path) -> list[dict[str, str]]:
 
 
 def variant_lists(variants: list[dict[str, str]]) -> dict[str, str]:
-    """The text of each file, by its path relative to the repository.
-
-    >>> print(variant_lists([{"name": "dispatch.gather_sum-scored.true", "kernel": "dispatch.kernels.gather_sum"}])["dispatch/kernels/variants.bzl"])
-    \"\"\"Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel.\"\"\"
-    <BLANKLINE>
-    VARIANTS = {
-        "gather_sum": [
-            "dispatch.gather_sum-scored.true",
-        ],
-    }
-    <BLANKLINE>
-    """
+    """The text of each file, by its path relative to the repository."""
     grouped: dict[str, dict[str, list[str]]] = {}
     for variant in variants:
         folder, kernel = variant["kernel"].rsplit(".", 1)
         grouped.setdefault(f"{folder.replace('.', '/')}/variants.bzl", {}).setdefault(kernel, []).append(variant["name"])
     texts = {}
     for path, kernels in sorted(grouped.items()):
-        lines = [
-            '"""Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel."""',
-            "",
-            "VARIANTS = {",
-        ]
+        lines = [HEADER, "", "VARIANTS = {"]
         for kernel, names in sorted(kernels.items()):
             lines += [f'    "{kernel}": [', *(f'        "{name}",' for name in sorted(names)), "    ],"]
         texts[path] = "\n".join([*lines, "}", ""])
