@@ -2,6 +2,8 @@
 
 import torch
 
+from dispatch.operators import operator
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -32,12 +34,12 @@ def count_cumsum(expert_index: torch.Tensor, num_experts: int, *, cumsum: bool =
     return count, count.cumsum(0, dtype=torch.int32) if cumsum else None
 
 
-@torch.library.custom_op("sonicmoe_dispatch::count", mutates_args=())
+@operator("sonicmoe_dispatch::count")
 def _count(expert_index: torch.Tensor, num_experts: int) -> torch.Tensor:
     return histogram(bucket(expert_index, num_experts), num_experts)
 
 
-@_count.register_fake
+@torch.library.register_fake("sonicmoe_dispatch::count")
 def _(expert_index: torch.Tensor, num_experts: int) -> torch.Tensor:
     return expert_index.new_empty(num_experts, dtype=torch.int32)
 

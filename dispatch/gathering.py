@@ -2,6 +2,7 @@
 
 import torch
 
+from dispatch.operators import operator
 from dispatch.types import DispatchPlan
 
 # Elements of the one float32 block that is in flight at a time: it stays in a core's cache on a CPU, fills the machine on a GPU.
@@ -53,7 +54,7 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
     )
 
 
-@torch.library.custom_op("sonicmoe_dispatch::gather_sum", mutates_args=())
+@operator("sonicmoe_dispatch::gather_sum")
 def _gather_sum(
     rows: torch.Tensor,
     score: torch.Tensor | None,
@@ -67,7 +68,7 @@ def _gather_sum(
     return _gather_sum_torch(rows, score, slot_to_row, row_to_token, token_offsets, token_slots)
 
 
-@_gather_sum.register_fake
+@torch.library.register_fake("sonicmoe_dispatch::gather_sum")
 def _(
     rows: torch.Tensor,
     score: torch.Tensor | None,
@@ -108,7 +109,7 @@ def _gather_sum_torch(
     return out.to(rows.dtype)
 
 
-@torch.library.custom_op("sonicmoe_dispatch::gather_sum_rows_grad", mutates_args=())
+@operator("sonicmoe_dispatch::gather_sum_rows_grad")
 def _rows_grad(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
     grad = out_grad.new_empty(row_to_slot.shape[0], out_grad.shape[1])
     if out_grad.shape[0] == 0:
@@ -120,12 +121,12 @@ def _rows_grad(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: 
     return grad
 
 
-@_rows_grad.register_fake
+@torch.library.register_fake("sonicmoe_dispatch::gather_sum_rows_grad")
 def _(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
     return out_grad.new_empty(row_to_slot.shape[0], out_grad.shape[1])
 
 
-@torch.library.custom_op("sonicmoe_dispatch::gather_sum_score_grad", mutates_args=())
+@operator("sonicmoe_dispatch::gather_sum_score_grad")
 def _score_grad(
     out_grad: torch.Tensor, rows: torch.Tensor, slot_to_row: torch.Tensor, row_to_token: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -141,7 +142,7 @@ def _score_grad(
     return grad
 
 
-@_score_grad.register_fake
+@torch.library.register_fake("sonicmoe_dispatch::gather_sum_score_grad")
 def _(
     out_grad: torch.Tensor, rows: torch.Tensor, slot_to_row: torch.Tensor, row_to_token: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -163,7 +164,7 @@ def _backward(ctx, out_grad: torch.Tensor):
     return rows_grad, score_grad, None, None, None, None, None, None
 
 
-_gather_sum.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("sonicmoe_dispatch::gather_sum", _backward, setup_context=_setup_context)
 
 
 def _sum_dtype(rows: torch.Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ import torch
 
 from dispatch import debug
 from dispatch.counting import bucket, check_ids, check_size, histogram
+from dispatch.operators import operator
 from dispatch.types import DispatchPlan
 
 
@@ -61,7 +62,7 @@ def plan(
     return DispatchPlan(*indices, num_tokens, num_experts, slots_per_token)
 
 
-@torch.library.custom_op("sonicmoe_dispatch::plan", mutates_args=())
+@operator("sonicmoe_dispatch::plan")
 def _plan(
     token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,7 +91,7 @@ def _plan(
     return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
 
 
-@_plan.register_fake
+@torch.library.register_fake("sonicmoe_dispatch::plan")
 def _(
     token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
