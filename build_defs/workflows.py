@@ -1,11 +1,17 @@
 """What this repository demands of its GitHub workflows beyond what check-jsonschema and zizmor know."""
 
+import ast
 import re
 from collections.abc import Iterator
 from typing import Any
 
 PINNED = re.compile(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
 NOT_A_FORK = "github.event_name != 'pull_request' || github.event.pull_request.head.repo.full_name == github.repository"
+
+
+def nox_sessions(source: str) -> set[str]:
+    """The names of the sessions in a noxfile: its decorated functions. (``nox --list --json`` names the default ones only.)"""
+    return {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.decorator_list}
 
 
 def workflow_problems(name: str, text: str, workflow: dict[Any, Any], labels: set[str]) -> Iterator[str]:
