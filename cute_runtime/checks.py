@@ -1,0 +1,57 @@
+"""What must hold before a launch, each refused in one sentence that names the argument, its value and what is allowed."""
+
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+INT32_ELEMENTS = 2**31 - 1
+"""Elements that an int32 index reaches."""
+
+
+@functools.cache
+def is_supported_device(device: "torch.device") -> bool:
+    """Whether the device runs the kernels: a CUDA GPU of compute capability 9.0 (sm_90)."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def check_launch(*, alignment: int = 16, max_elements: int | None = None, **tensors: "torch.Tensor | None") -> None:
+    """Refuse tensors that a kernel cannot take as they are. None among them is skipped.
+
+    Args:
+        alignment: bytes that the data pointers must be a multiple of.
+        max_elements: most elements that one tensor may have, for kernels that index with int32 (``INT32_ELEMENTS``).
+        **tensors: the arguments under the names that the messages use; the first one's device is everyone's device.
+
+    Raises:
+        ValueError: a tensor is not on an sm_90 GPU or not on the first one's device, is not contiguous, not aligned or too large.
+    """
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        device = tensor.device
+        if first is None:
+            first = name, device
+            if not is_supported_device(device):
+                raise ValueError(f"{name}: device {_describe(device)}: must be a GPU of compute capability 9.0 (sm_90)")
+        elif device != first[1]:
+            raise ValueError(f"{name}: device {device}: must be {first[0]}'s device {first[1]}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} with strides {tensor.stride()}: must be contiguous")
+        if tensor.data_ptr() % alignment:
+            raise ValueError(f"{name}: data pointer {tensor.data_ptr():#x}: must be a multiple of {alignment} bytes")
+        if max_elements is not None and tensor.numel() > max_elements:
+            raise ValueError(f"{name}: {tensor.numel()} elements: must be at most {max_elements}")
+
+
+def _describe(device: "torch.device") -> str:
+    if device.type != "cuda":
+        return str(device)
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor})"

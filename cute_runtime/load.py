@@ -1,0 +1,97 @@
+"""From a variant to a function that launches it: prebuilt, cached, or compiled on first use."""
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from cute_runtime.cache import cache_folder, cached_or_built
+from cute_runtime.compile_worker import FUNCTION
+from cute_runtime.discover import KERNELS_VARIABLE, prebuilt_folders
+from cute_runtime.objects import CorruptObjectError, object_name, split_object
+from cute_runtime.sources import COMPILER, changed_sources, compiler_version
+from cute_runtime.variant import Variant
+
+_log = logging.getLogger("cute_runtime")
+_loaded: dict[Variant, Callable[..., None]] = {}
+_lock = threading.Lock()
+
+
+class MissingKernelError(RuntimeError):
+    """No object of the variant was found and none can be compiled here; the message says what to do."""
+
+
+def load(variant: Variant) -> Callable[..., None]:
+    """The function that launches a variant on the caller's current CUDA stream; loaded once per process.
+
+    Looked for as a prebuilt object (:func:`cute_runtime.discover.prebuilt_folders`), then in the cache on disk, then compiled
+    where the compiler is installed. A prebuilt object whose sources have changed since, or which is damaged, is passed over
+    with a warning. The function takes torch tensors and numbers as the kernel's ``trace`` declares them, without the stream,
+    and raises TypeError or ValueError where dtype, rank, shape, alignment or device differ from that.
+
+    Raises:
+        MissingKernelError: there is no usable object and no compiler.
+        MissingToolError, KernelCompileError: see :func:`cute_runtime.build`.
+        RuntimeError: torch on this machine has no CUDA.
+    """
+    function = _loaded.get(variant)
+    if function is None:
+        with _lock:
+            function = _loaded.get(variant)
+            if function is None:
+                function = _loaded[variant] = _open(find(variant))
+    return function
+
+
+def find(variant: Variant) -> Path:
+    """The object that :func:`load` opens, compiled into the cache where there is no other."""
+    passed_over = []
+    folders = prebuilt_folders(variant.kernel)
+    for folder in folders:
+        path = folder / object_name(variant)
+        try:
+            manifest, _ = split_object(path)
+        except FileNotFoundError:
+            continue
+        except CorruptObjectError as error:
+            passed_over.append(str(error))
+            continue
+        if manifest.variant != variant.name:
+            passed_over.append(f"{path}: holds {manifest.variant}")
+        elif changed := changed_sources(manifest.sources):
+            passed_over.append(f"{path}: is stale, {', '.join(changed)} changed since it was built")
+        else:
+            return path
+    for reason in passed_over:
+        _log.warning("%s; it is not used", reason)
+    if compiler_version() is None:
+        searched = ", ".join(map(str, folders))
+        raise MissingKernelError(
+            f"{variant.name}: no usable prebuilt object in {searched}, and {COMPILER} is not installed to compile it for "
+            f'{cache_folder()}: pip install "sonicmoe[compile]", or put an object from python -m cute_runtime build '
+            f"--variant {variant.name} --out DIR into a folder named by {KERNELS_VARIABLE}"
+        )
+    return cached_or_built(variant)
+
+
+def _open(path: Path) -> Callable[..., None]:
+    _share_runtime_libraries()
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(path))[FUNCTION]
+
+
+@functools.cache
+def _share_runtime_libraries() -> None:
+    """Kernel objects name functions of libtvm_ffi and libcudart; make this process's own copies visible to them."""
+    import torch
+    import tvm_ffi
+
+    torch.cuda.init()
+    libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart" in line]
+    if not libraries:
+        raise RuntimeError(f"torch {torch.__version__} has not loaded libcudart: kernels need a torch built with CUDA")
+    for library in (tvm_ffi.libinfo.find_libtvm_ffi(), libraries[0]):
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
