@@ -1,0 +1,87 @@
+"""Host half of kernels/gather_sum.py: checks, the choice of the variant, the launch. Notation: T tokens, H hidden, R rows and slots."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+import cute_runtime
+from dispatch.kernels import variants
+from dispatch.types import DispatchPlan
+
+_DTYPE_NAME = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def supports(rows: torch.Tensor) -> bool:
+    """Whether the kernel computes this: rows in bfloat16, float16 or float32 on an sm_90 GPU, H a multiple of 8."""
+    return rows.dtype in _DTYPE_NAME and rows.shape[1] % 8 == 0 and cute_runtime.is_supported_device(rows.device)
+
+
+def gather_sum_hopper(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan, out: torch.Tensor | None = None) -> torch.Tensor:
+    """:func:`dispatch.gather_sum`'s forward in one kernel, on the current stream, without autograd.
+
+    Args:
+        rows: (R, H) bfloat16, float16 or float32, contiguous, aligned to 16 bytes, H a multiple of 8. Rows of no slot are not read.
+        score: (R,) floating point, per slot, or None for weights of one; other dtypes than float32 are converted.
+        plan: the DispatchPlan of the R slots.
+        out: (T, H) in rows' dtype, contiguous and aligned likewise, to write to; made if None.
+
+    Returns:
+        out. Every element is written; a token without rows gets zeros. float32 accumulation in slot order: the same bits every run.
+
+    Raises:
+        TypeError, ValueError: an argument that the kernel cannot take, in one sentence, before any work.
+    """
+    if rows.dim() != 2 or rows.shape[1] % 8:
+        raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with H a multiple of 8")
+    if rows.dtype not in _DTYPE_NAME:
+        raise TypeError(f"rows: dtype {rows.dtype}: must be bfloat16, float16 or float32")
+    if rows.shape[0] != plan.slot_to_row.shape[0]:
+        raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with the plan's R={plan.slot_to_row.shape[0]}")
+    if score is not None and score.shape != plan.slot_to_row.shape:
+        raise ValueError(f"score: shape {tuple(score.shape)}: must be (R,) with the plan's R={plan.slot_to_row.shape[0]}")
+    if out is not None and (out.dtype != rows.dtype or out.shape != (plan.num_tokens, rows.shape[1])):
+        wanted = (plan.num_tokens, rows.shape[1])
+        raise ValueError(f"out: shape {tuple(out.shape)} in {out.dtype}: must be {wanted} in rows' dtype {rows.dtype}")
+    return launch(rows, score, plan.slot_to_row, plan.token_offsets, plan.token_slots, plan.slots_per_token, out)
+
+
+def launch(
+    rows: torch.Tensor,
+    score: torch.Tensor | None,
+    slot_to_row: torch.Tensor,
+    token_offsets: torch.Tensor,
+    token_slots: torch.Tensor,
+    slots_per_token: int | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same on the plan's tensors, shapes and dtypes already checked."""
+    if out is None:
+        out = rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
+    if score is not None:
+        score = score.to(torch.float32)
+    cute_runtime.check_launch(rows=rows, out=out)
+    cute_runtime.check_launch(
+        alignment=4, rows=rows, score=score, slot_to_row=slot_to_row, token_offsets=token_offsets, token_slots=token_slots
+    )
+    if out.numel() == 0:
+        return out
+    if rows.shape[0] == 0:
+        return out.zero_()
+    uniform = slots_per_token is not None
+    with torch.cuda.device(rows.device):
+        _kernel(rows.dtype, uniform, score is not None)(
+            rows,
+            score,
+            slot_to_row,
+            None if uniform else token_offsets,
+            None if uniform else token_slots,
+            out,
+            slots_per_token if uniform else 0,
+        )
+    return out
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, uniform: bool, scored: bool) -> Callable[..., None]:
+    return cute_runtime.load(variants.gather_sum(dtype=_DTYPE_NAME[dtype], form="uniform" if uniform else "csr", scored=scored))

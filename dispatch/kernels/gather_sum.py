@@ -1,0 +1,154 @@
+"""Every token's weighted sum of its rows: o[t] = sum over t's slots s, in slot order, of score[s] * rows[slot_to_row[s]].
+
+Data flow, one thread for 16 bytes of one token's output (V = 8 bf16/fp16 or 4 fp32 columns), threads numbered along o, so
+that a warp reads 512 consecutive bytes of a row and no thread is idle at any H:
+
+    thread -> (token, column)                    one 64-bit division a block, one 32-bit division a thread
+    for each chunk of 8 slots of the token:      slots t*K .. t*K+K-1 (uniform) or token_slots[token_offsets[t] ..] (csr)
+        row[8]    <- slot_to_row[slot]           4 bytes, the same for all of the token's threads: broadcast, then L1
+        weight[8] <- score[slot]                 likewise
+        value[8]  <- rows[row, column]           16 bytes each, all issued before the first is used; none where row < 0
+        total[V] += weight[j] * value[j]         float32, j in slot order: the bits do not depend on the run
+    o[token, column] <- total                    16 bytes, rounded once
+
+A row is read by one token only, so it goes past L1 (no_allocate). No shared memory, no barrier.
+
+Bytes: R*H*w of rows + T*H*w of o (w bytes an element) + O(R) of indices and scores, each moved once. FLOPs: 2*R*H, 1 per byte
+at w = 2: far below the machine's ratio. Floor: those bytes at device-copy bandwidth. What was measured is in docs/kernels/gather_sum.md.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import cute
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+
+THREADS = 256
+ROWS_IN_FLIGHT = 8
+VECTOR_BITS = 128
+
+_ELEMENT = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
+
+
+@cute.kernel
+def _gather_sum_kernel(
+    rows: cute.Tensor,
+    score: cute.Tensor | None,
+    slot_to_row: cute.Tensor,
+    token_offsets: cute.Tensor | None,
+    token_slots: cute.Tensor | None,
+    out: cute.Tensor,
+    slots_per_token: cutlass.Int32,
+):
+    width = cutlass.const_expr(VECTOR_BITS // rows.element_type.width)
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    num_tokens, hidden = out.shape
+
+    # T * H / V may pass 2^32, what a block adds to its first token does not.
+    vectors = hidden // width
+    first_vector = cutlass.Int64(block) * THREADS
+    first_token = first_vector // vectors
+    offset = cutlass.Uint32(first_vector - first_token * vectors) + cutlass.Uint32(thread)
+    token_in_block = offset // cutlass.Uint32(vectors)
+    column = cutlass.Int32(offset - token_in_block * cutlass.Uint32(vectors))
+    token = cutlass.Int32(first_token) + cutlass.Int32(token_in_block)
+
+    if token < num_tokens:
+        begin = token * slots_per_token
+        end = begin + slots_per_token
+        if cutlass.const_expr(token_offsets is not None):
+            begin = token_offsets[token]
+            end = token_offsets[token + 1]
+
+        load = cute.make_copy_atom(
+            cute.nvgpu.CopyG2ROp(),
+            rows.element_type,
+            num_bits_per_copy=VECTOR_BITS,
+            l1c_evict_priority=cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE,
+        )
+        row = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Int32)
+        weight = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Float32)
+        value = cute.make_rmem_tensor((width, ROWS_IN_FLIGHT), rows.element_type)
+        present = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Boolean)
+        total = cute.make_rmem_tensor((width,), cutlass.Float32)
+        total.fill(0.0)
+
+        for chunk in cutlass.range(begin, end, ROWS_IN_FLIGHT, unroll=1):
+            row.fill(-1)
+            weight.fill(0.0)
+            value.fill(0.0)
+            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
+                if chunk + j < end:
+                    slot = chunk + j
+                    if cutlass.const_expr(token_slots is not None):
+                        slot = token_slots[chunk + j]
+                    row[j] = slot_to_row[slot]
+                    if cutlass.const_expr(score is not None):
+                        weight[j] = score[slot]
+            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
+                present[j] = row[j] >= 0
+                if cutlass.const_expr(score is not None):
+                    # A sentinel's value is zero, but its score may be anything.
+                    weight[j] = cutlass.select_(present[j], weight[j], cutlass.Float32(0.0))
+                source = cute.local_tile(rows, (1, width), (row[j], column))[0, None]
+                # One predicate for the whole vector. A predicated load, unlike a branch, leaves the others in flight.
+                predicate = cute.make_tensor(present.iterator + j, cute.make_layout((width,), stride=(0,)))
+                cute.copy(load, source, value[None, j], pred=predicate)
+            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
+                term = value[None, j].load().to(cutlass.Float32)
+                if cutlass.const_expr(score is not None):
+                    term = weight[j] * term
+                total.store(total.load() + term)
+
+        result = cute.make_rmem_tensor((width,), out.element_type)
+        result.store(total.load().to(out.element_type))
+        cute.autovec_copy(result, cute.local_tile(out, (1, width), (token, column))[0, None])
+
+
+@cute.jit
+def _gather_sum(
+    rows: cute.Tensor,
+    score: cute.Tensor | None,
+    slot_to_row: cute.Tensor,
+    token_offsets: cute.Tensor | None,
+    token_slots: cute.Tensor | None,
+    out: cute.Tensor,
+    slots_per_token: cutlass.Int32,
+    stream: cuda.CUstream,
+):
+    vectors = cutlass.Int64(out.shape[0]) * (out.shape[1] * out.element_type.width // VECTOR_BITS)
+    blocks = cutlass.Int32((vectors + (THREADS - 1)) // THREADS)
+    _gather_sum_kernel(rows, score, slot_to_row, token_offsets, token_slots, out, slots_per_token).launch(
+        grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+    )
+
+
+def trace(*, dtype: str, form: str, scored: bool) -> tuple:
+    """What is compiled: ``(rows (R, H), score (R,) | None, slot_to_row (R,), token_offsets (T + 1,) | None, token_slots (R,) | None,
+    out (T, H), K)``, with H a multiple of 8, all dense and the matrices aligned to 16 bytes.
+
+    Args:
+        dtype: of rows and out: bfloat16, float16 or float32.
+        form: "uniform", every token has the K slots from t * K, or "csr", token_offsets and token_slots list them and K is ignored.
+        scored: whether there is a score, float32.
+    """
+    R, T, H = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=8)
+    csr = form == "csr"
+
+    def matrix(count: cute.SymInt) -> cute.Tensor:
+        return make_fake_compact_tensor(_ELEMENT[dtype], (count, H), stride_order=(1, 0), assumed_align=16)
+
+    def vector(element: type[cutlass.Numeric], count: cute.SymInt) -> cute.Tensor:
+        return make_fake_compact_tensor(element, (count,), assumed_align=4)
+
+    arguments = (
+        matrix(R),
+        vector(cutlass.Float32, R) if scored else None,
+        vector(cutlass.Int32, R),
+        vector(cutlass.Int32, cute.sym_int()) if csr else None,
+        vector(cutlass.Int32, R) if csr else None,
+        matrix(T),
+        cutlass.Int32(1),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return _gather_sum, arguments
