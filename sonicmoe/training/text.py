@@ -57,9 +57,14 @@ def split(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(train), torch.cat(validation)
 
 
+def batch_seed(seed: int, step: int) -> int:
+    """What the randomness of a training step is drawn from: a step can be repeated without those before it."""
+    return seed * 1_000_003 + step
+
+
 def training_batch(tokens: torch.Tensor, *, batch_size: int, context: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs, targets), both (batch_size, context) int64: random windows, a pure function of ``seed`` and ``step``."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(batch_seed(seed, step))
     starts = torch.randint(tokens.numel() - context, (batch_size,), generator=generator)
     windows = tokens[starts[:, None] + torch.arange(context + 1)].long()
     return windows[:, :-1], windows[:, 1:]
