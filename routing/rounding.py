@@ -55,7 +55,8 @@ def token_rounding(
         scoring, scale, selection_bias, num_groups, groups_per_token, group_score: as in top_k.
         renormalize: divide each row's score by the sum over its token's final rows. "softmax_topk" is the softmax over the
             logits of the token's final rows.
-        generator: the source of "stochastic"'s random numbers, on the logits' device; torch's default one if None.
+        generator: the source of "stochastic"'s random numbers, on the logits' device; torch's default one if None. torch.compile
+            traces only None.
 
     Returns:
         A Routing of `capacity(...)` slots, a number that depends on shapes only. The slots in use come first, ascending by token,
@@ -127,7 +128,8 @@ def rounded_counts(counts: torch.Tensor, num_tokens: int, tile_m: int, mode: str
     elif mode == "nearest":
         rises = 2 * excess >= tile_m
     elif mode == "stochastic":
-        rises = torch.rand(counts.shape, generator=generator, device=counts.device) * tile_m < excess
+        # Not torch.rand: given a generator, even None, it takes no symbolic shape under torch.compile.
+        rises = torch.empty_like(counts, dtype=torch.float32).uniform_(generator=generator) * tile_m < excess
     else:
         # Whole tiles do not change the differences of the rounded sums, so the sums of the excesses will do.
         excess = torch.where(can_rise, excess, 0)
