@@ -86,7 +86,7 @@ def sonic_py_library(name, srcs, deps = [], **kwargs):
     """
     _library(name = name, srcs = srcs, deps = deps, **kwargs)
 
-def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = [], size = "small", **kwargs):
+def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = [], size = "medium", **kwargs):
     """One pytest file as a test target named after it; with gpu = True also NAME_gpu for its GPU-marked tests.
 
     The GPU target is tagged `gpu` and runs alone on the machine; where there is no sm_90 GPU its tests are skipped by
@@ -99,7 +99,7 @@ def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = 
       gpu: whether the file holds tests marked `gpu`.
       gpu_data: files that only the GPU tests read, such as prebuilt kernels.
       tags: Bazel tags.
-      size: Bazel test size.
+      size: Bazel test size; medium has five minutes, ample also on a busy machine.
       **kwargs: runtime_deps and common test attributes.
     """
     name = src[:-len(".py")]
@@ -121,7 +121,7 @@ def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = 
             data = data + gpu_data,
             marker = "gpu",
             tags = tags + ["gpu", "exclusive"],
-            size = "medium",
+            size = size,
             **kwargs
         )
 
