@@ -1,0 +1,260 @@
+"""Small parts of which the epilogues are made: activations, bias, and the way of a block of rows to memory.
+
+A consumer warpgroup holds blocks of 64 rows. In the accumulator of one block, thread ``warp * 32 + lane`` has, for each group of
+8 columns g and each half r, columns ``8 g + 2 (lane % 4) + {0, 1}`` of row ``16 warp + 8 r + lane / 4``: registers
+``4 g + 2 r + {0, 1}``. Stores go through shared memory in chunks of 64 rows x 64 (or 32) columns in the TMA's swizzle, two
+buffers deep: a chunk whose 64 rows all belong to the expert leaves by TMA, a tail by 16-byte stores of the rows that do.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from sonicmoe.kernels import ptx
+
+STORE_BARRIER = 1
+"""Named barriers 1, 2, 3: the 128 threads of consumer 0, 1, 2."""
+
+BUFFERS = 2
+BUFFER_BYTES = 64 * 64 * 2
+
+
+class RowStore:
+    """Stores chunks of 64 rows x ``width`` columns of a row-major output seen as (rows, columns, parts)."""
+
+    def __init__(self, dtype: type[cutlass.Numeric], width: int) -> None:
+        self.dtype = dtype
+        self.width = width
+
+    def _layout(self):
+        kinds = {64: warpgroup.SmemLayoutAtomKind.K_SW128, 32: warpgroup.SmemLayoutAtomKind.K_SW64}
+        atom = warpgroup.make_smem_layout_atom(kinds[self.width], self.dtype)
+        return cute.tile_to_shape(atom, (64, self.width), order=(0, 1))
+
+    def prepare(self, out: cute.Tensor) -> tuple:
+        """What the kernel needs to store into ``out`` (rows, columns, parts)."""
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, self._layout(), (64, self.width))
+        return atom, tensor, out
+
+    @cute.jit
+    def address(self, buffer: Int32, row: Int32, piece: Int32):
+        """Address of 16-byte ``piece`` of ``row`` in the swizzle of ``width``."""
+        if const_expr(self.width == 64):
+            return buffer + row * 128 + ((piece ^ (row % 8)) * 16)
+        return buffer + row * 64 + ((piece ^ ((row // 2) % 4)) * 16)
+
+    @cute.jit
+    def acquire(self, chunk: cutlass.Constexpr[int], consumer: Int32):
+        """Waits until the buffer of the ``chunk``-th store of this block may be overwritten."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        if const_expr(chunk == 0 or chunk >= BUFFERS):
+            if warp == 0:
+                cute.arch.cp_async_bulk_wait_group(0 if chunk == 0 else BUFFERS - 1, read=True)
+            cute.arch.barrier(barrier_id=STORE_BARRIER + consumer, number_of_threads=128)
+
+    def put(self, values, staging: cute.Pointer, chunk: int) -> None:
+        """Writes a chunk to its buffer; ``values(group, half)`` gives the packed pair of columns of this thread."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        buffer = staging.toint() + chunk % BUFFERS * BUFFER_BYTES
+        row = warp * 16 + lane % 16
+        for i in range(self.width // 16):
+            at = self.address(buffer, row, 2 * i + lane // 16)
+            ptx.store_four_matrices(at, values(2 * i, 0), values(2 * i, 1), values(2 * i + 1, 0), values(2 * i + 1, 1))
+
+    @cute.jit
+    def send(
+        self,
+        args: tuple,
+        staging: cute.Pointer,
+        chunk: cutlass.Constexpr[int],
+        row: Int32,
+        row_end: Int32,
+        column: Int32,
+        part,
+        consumer: Int32,
+    ):
+        """The chunk's buffer to rows [row, min(row + 64, row_end)), columns [column, column + width) of ``part``."""
+        atom, tensor, out = args
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        pointer = staging + const_expr(chunk % BUFFERS * BUFFER_BYTES // 2)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=STORE_BARRIER + consumer, number_of_threads=128)
+        if row + 64 <= row_end:
+            if warp == 0:
+                layout = self._layout()
+                shared = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=self.dtype), layout.outer)
+                target = cute.local_tile(
+                    cute.domain_offset((row, column), tensor[None, None, part]), (64, self.width), (0, 0)
+                )
+                to_shared, to_memory = cpasync.tma_partition(
+                    atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(target, 0, 2)
+                )
+                cute.copy(atom, to_shared, to_memory)
+        else:
+            thread = cute.arch.thread_idx()[0] % 128
+            pieces = const_expr(self.width // 8)
+            destination = out.iterator.toint() + Int64(part) * (out.stride[2] * 2)
+            for i in cutlass.range_constexpr(64 * pieces // 128):
+                line = (thread + i * 128) // pieces
+                piece = thread % pieces
+                at = column + piece * 8
+                if (row + line < row_end) & (at < out.shape[1]):
+                    ptx.copy_16_bytes_out(
+                        destination + (Int64(row + line) * out.stride[0] + at) * 2, self.address(pointer.toint(), line, piece)
+                    )
+        if warp == 0:
+            cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
+def finish_stores():
+    """Before the block ends: its buffers must have been read."""
+    if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def sigmoid(x: Float32) -> Float32:
+    return cute.arch.rcp_approx(Float32(1.0) + cute.arch.exp2(x * Float32(-1.4426950408889634)))
+
+
+def gelu(x: Float32) -> Float32:
+    return Float32(0.5) * x * (Float32(1.0) + cute.math.erf(x * Float32(0.7071067811865476)))
+
+
+def relu(x: Float32) -> Float32:
+    return cute.arch.fmax(x, Float32(0.0))
+
+
+GATED = {
+    "swiglu": lambda gate, up: gate * sigmoid(gate) * up,
+    "geglu": lambda gate, up: gelu(gate) * up,
+    "reglu": lambda gate, up: relu(gate) * up,
+}
+PLAIN = {
+    "identity": lambda x: x,
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "relu": relu,
+    "relu_squared": lambda x: relu(x) * relu(x),
+}
+
+
+class ProjectionEpilogue:
+    """accumulator (+ bias) -> z, stored when training; activation(z) -> out.
+
+    Gated: the tile's n columns are n/2 of the gate and the same n/2 of the up projection, in this order, whatever the layout
+    in memory; z goes back in that layout. ``identity`` with no z is the down-projection.
+    """
+
+    def __init__(
+        self, *, dtype: type[cutlass.Numeric], tile_n: int, activation: str, interleaved: bool, store_z: bool, bias: bool
+    ) -> None:
+        self.dtype = dtype
+        self.tile_n = tile_n
+        self.gated = activation in GATED
+        self.activation = GATED[activation] if self.gated else PLAIN[activation]
+        self.interleaved = interleaved and self.gated
+        self.store_z = store_z
+        self.bias = bias
+        self.columns = tile_n // 2 if self.gated else tile_n  # of the output
+        self.width = 64 if self.columns % 64 == 0 else 32
+        self.out = RowStore(dtype, self.width)
+        # Interleaved: one chunk of z holds the gate and up columns of half as many outputs.
+        self.z = RowStore(dtype, 64 if self.interleaved else self.width)
+
+    def prepare(self, out: cute.Tensor, z: cute.Tensor | None, bias: cute.Tensor | None) -> tuple:
+        """out (rows, columns, 1); z (rows, columns, parts): interleaved one part of twice the columns; bias (columns, parts, experts)."""
+        return (
+            self.out.prepare(out),
+            self.z.prepare(z) if const_expr(self.store_z) else None,
+            bias if const_expr(self.bias) else None,
+        )
+
+    def store(
+        self, accumulators, block: int, args: tuple, expert, row, row_end, column_tile, staging, consumer
+    ):
+        """One block of 64 rows, as many of them as lie before ``row_end``."""
+        out_args, z_args, bias = args
+        base = block * self.tile_n // 2  # first register of this block
+        up_at = self.columns // 2  # from a gate's register to that of its up column
+        first = column_tile * self.columns
+
+        if self.bias:
+            self._add_bias(accumulators, base, bias, expert, first)
+
+        def gate(group, half, i):
+            return accumulators[base + group * 4 + half * 2 + i]
+
+        def up(group, half, i):
+            return accumulators[base + up_at + group * 4 + half * 2 + i]
+
+        def activated(group, half, i):
+            if self.gated:
+                return self.activation(gate(group, half, i), up(group, half, i))
+            return self.activation(gate(group, half, i))
+
+        chunk = 0
+        for start in range(0, self.columns // 8, self.width // 8):  # in groups of 8 output columns
+            column = first + start * 8
+            if self.store_z and self.interleaved:
+                for half_start in range(start, start + self.width // 8, 4):
+                    self.out.acquire(chunk, consumer)
+                    self._put_interleaved(gate, up, half_start, staging, chunk)
+                    self.z.send(z_args, staging, chunk, row, row_end, 2 * (first + half_start * 8), 0, consumer)
+                    chunk += 1
+            elif self.store_z:
+                for part in range(2 if self.gated else 1):
+                    self.out.acquire(chunk, consumer)
+                    source = gate if part == 0 else up
+                    self.z.put(
+                        lambda group, half, source=source, start=start: ptx.pack(
+                            self.dtype, source(start + group, half, 0), source(start + group, half, 1)
+                        ),
+                        staging,
+                        chunk,
+                    )
+                    self.z.send(z_args, staging, chunk, row, row_end, column, part, consumer)
+                    chunk += 1
+            self.out.acquire(chunk, consumer)
+            self.out.put(
+                lambda group, half, start=start: ptx.pack(
+                    self.dtype, activated(start + group, half, 0), activated(start + group, half, 1)
+                ),
+                staging,
+                chunk,
+            )
+            self.out.send(out_args, staging, chunk, row, row_end, column, 0, consumer)
+            chunk += 1
+
+    @cute.jit
+    def _add_bias(self, accumulators, base: cutlass.Constexpr[int], bias: cute.Tensor, expert: Int32, first: Int32):
+        quarter = cute.arch.lane_idx() % 4
+        for part in cutlass.range_constexpr(2 if self.gated else 1):
+            for group in cutlass.range_constexpr(self.columns // 8):
+                for i in cutlass.range_constexpr(2):
+                    column = first + group * 8 + 2 * quarter + i
+                    if column < bias.shape[0]:
+                        value = bias[column, part, expert].to(Float32)
+                        at = const_expr(base + part * self.columns // 2 + group * 4 + i)
+                        accumulators[at] = accumulators[at] + value
+                        accumulators[at + 2] = accumulators[at + 2] + value
+
+    def _put_interleaved(self, gate, up, start: int, staging: cute.Pointer, chunk: int) -> None:
+        """64 columns of z from 32 gate and 32 up columns: (gate, up, gate, up) of a thread's two columns are 8 bytes."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        quarter = lane % 4
+        buffer = staging.toint() + chunk % BUFFERS * BUFFER_BYTES
+        for group in range(4):
+            for half in range(2):
+                line = warp * 16 + half * 8 + lane // 4
+                pairs = [
+                    ptx.pack(self.dtype, gate(start + group, half, i), up(start + group, half, i)) for i in range(2)
+                ]
+                at = self.z.address(buffer, line, 2 * group + quarter // 2) + (quarter % 2) * 8
+                ptx.store_8_bytes(at, *pairs)
+
+    def finish(self, consumer) -> None:
+        finish_stores()
