@@ -173,7 +173,7 @@ def _race(right):
     def wrong(x, dz, plan, **options):
         weight, bias = right(x, dz, plan, **options)
         if next(runs) % 2:
-            weight.view(-1)[0] *= 1.01
+            weight.view(-1)[weight.abs().argmax()] *= 1.01
         return weight, bias
 
     return wrong
@@ -181,17 +181,17 @@ def _race(right):
 
 @_defect("score applied twice", dispatch, "gather_sum", "tokens/t7")
 def _score_twice(right):
-    return lambda rows, score, plan: right(rows, None if score is None else score * score, plan)
+    return lambda rows, score, plan, **options: right(rows, None if score is None else score * score, plan, **options)
 
 
 @_defect("score not applied", dispatch, "gather_sum", "tokens/t7")
 def _score_forgotten(right):
-    return lambda rows, score, plan: right(rows, None, plan) if not rows.requires_grad else right(rows, score, plan)
+    return lambda rows, score, plan, **options: right(rows, score if rows.requires_grad else None, plan, **options)
 
 
 @_defect("zeros", dispatch, "gather_sum", "tokens/t7")
 def _zeros(right):
-    return lambda rows, score, plan: right(rows, score, plan) * 0
+    return lambda rows, score, plan, **options: right(rows, score, plan, **options) * 0
 
 
 @_defect("running sum off by one expert", dispatch, "count_cumsum", "count/e8")

@@ -10,7 +10,7 @@ from testing.matrix.execute import run_cell
 from testing.matrix.judge import judge_cell
 
 MATRIX = load_matrix()
-LIMITS = Limits(routed_rows=512, weight_elements=300_000, min_intermediate=32, tile_m=16)
+LIMITS = Limits(routed_rows=1024, weight_elements=300_000, min_intermediate=32, tile_m=16)
 PROFILE = replace(MATRIX.profiles["cpu"], limits=LIMITS)
 
 
@@ -19,6 +19,9 @@ def problems_of(name: str) -> list[str]:
     cell = next(cell for cell in MATRIX.cells if cell.name == name)
     if isinstance(cell, CountCell):
         cell = replace(cell, lengths=(0,), powers=(4, 10), random_lengths=2)
+    else:
+        tokens = cell.thiek.T if cell.counts else min(cell.thiek.T, 1000)
+        cell = replace(cell, thiek=cell.thiek._replace(T=tokens, H=64, I=32))
     result = run_cell(cell, PROFILE, seed=5, device="cpu")
     assert "crash" not in result, result
     return judge_cell(cell, result, MATRIX)
