@@ -108,11 +108,11 @@ def failures(errors: Mapping[str, Error], threshold: Threshold) -> list[str]:
 
 
 THRESHOLDS = {
-    torch.bfloat16: Threshold(whole=1.0e-2, worst_block=2.0e-2),
-    torch.float16: Threshold(whole=1.5e-3, worst_block=3.0e-3),
-    torch.float32: Threshold(whole=1.0e-5, worst_block=2.0e-5),
+    torch.bfloat16: Threshold(whole=8.0e-3, worst_block=1.6e-2),
+    torch.float16: Threshold(whole=1.0e-3, worst_block=2.0e-3),
+    torch.float32: Threshold(whole=5.0e-6, worst_block=1.0e-5),
     torch.float64: Threshold(whole=1.0e-13, worst_block=1.0e-12),
 }
-"""What `sonicmoe report` and `sonicmoe bench` demand of every tensor: about twice what rounding z, a, y and the results to the
-dtype costs (measured in bfloat16: o 2.9e-3, dx 5.3e-3, dw_up 3.2e-3, dw_down 3.7e-3, router 3.9e-3 at 4096,4096,1024,256,8).
-The matrix has its own, tighter ones by tensor (testing/matrix.yaml)."""
+"""What `sonicmoe bench` and `sonicmoe report` demand of every tensor, one or two times what rounding z, a, y and the results costs
+(bfloat16 at 4096,4096,1024,256,8: o 2.9e-3, dx 5.3e-3, dw_up 3.2e-3, dw_down 3.7e-3, router 3.9e-3).
+The matrix has its own thresholds, tensor by tensor."""

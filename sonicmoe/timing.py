@@ -63,14 +63,22 @@ def measure(
             samples[name].append(clock(variant, device))
             total += samples[name][-1]
         rounds += 1
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: Timing(*_quartiles(values), len(values)) for name, values in samples.items()}
 
 
-def _summary(samples: list[float]) -> Timing:
+def combine(trials: list[Timing]) -> Timing:
+    """One Timing of several trials: the median of their medians and the distance between these medians' quartiles."""
+    if len(trials) == 1:
+        return trials[0]
+    return Timing(*_quartiles([trial.ms for trial in trials]), sum(trial.repeats for trial in trials))
+
+
+def _quartiles(samples: list[float]) -> tuple[float, float]:
+    """(median, distance between the quartiles)."""
     if len(samples) == 1:
-        return Timing(samples[0], 0.0, 1)
-    quartiles = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(quartiles[1], quartiles[2] - quartiles[0], len(samples))
+        return samples[0], 0.0
+    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return median, third - first
 
 
 def _cuda_ms(variant: Variant, device: torch.device) -> float:
@@ -91,7 +99,7 @@ def _host_ms(variant: Variant, device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def model_flops(rows: int, hidden_size: int, intermediate_size: int, *, gated: bool) -> dict[str, float]:
+def model_flops(rows: float, hidden_size: int, intermediate_size: int, *, gated: bool) -> dict[str, float]:
     """FLOPs of the experts' products by mode: 6 R H I forward, 12 backward with a gate; 4 and 8 without."""
     forward = 2.0 * rows * hidden_size * intermediate_size * (3 if gated else 2)
     return {"inference": forward, "forward": forward, "backward": 2 * forward, "forward+backward": 3 * forward}

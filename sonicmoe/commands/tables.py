@@ -1,0 +1,91 @@
+"""What `sonicmoe bench` and `sonicmoe report` print."""
+
+import json
+import math
+import shlex
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sonicmoe.accuracy import Threshold
+from sonicmoe.benchmark import Judged, Problem, Rows
+
+
+def progress() -> Progress:
+    """A bar on stderr that goes away when it is done, so that stdout holds results only."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def accuracy_table(judged: Judged, threshold: Threshold) -> Table:
+    table = Table(title="Accuracy against the float64 oracle", title_justify="left")
+    columns = ("tensor", "reference max", "reference mean", "max abs error", "relative error", "worst block", "")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("tensor", "") else "right")
+    for name, error in judged.errors.items():
+        largest, mean = judged.reference[name]
+        numbers = (largest, mean, error.max_abs, error.whole, error.worst_block)
+        passed = error.whole <= threshold.whole and error.worst_block <= threshold.worst_block
+        table.add_row(name, *(f"{number:.2e}" for number in numbers), "pass" if passed else "[red]FAIL[/red]")
+    table.caption = (
+        f"relative Frobenius errors; allowed {threshold.whole:.1e} for a tensor, {threshold.worst_block:.1e} for its worst block "
+        "(128 rows of o and dx, one expert of the rest); reference values are absolute"
+    )
+    return table
+
+
+def speed_table(cells: list[dict[str, Any]]) -> Table:
+    table = Table(title="Speed", title_justify="left")
+    for column in ("mode", "ms", "spread", "TFLOPS", "GEMM bound ms", "ratio"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for cell in cells:
+        table.add_row(
+            cell["mode"],
+            f"{cell['ms']:.3f}",
+            f"{cell['ms_spread']:.3f}",
+            f"{cell['tflops']:.3g}",
+            f"{cell['bound_ms']:.3f}",
+            f"{cell['ratio']:.2f}",
+        )
+    table.caption = "medians and distance between quartiles; the bound is the products alone as torch.bmm, timed in the same run"
+    return table
+
+
+def rows_table(rows: Rows) -> Table:
+    means = rows.means()
+    table = Table(title=f"Rows at tile_m {rows.tile_m}", title_justify="left")
+    for column in ("trials", "processed rows", "hardware rows", "wasted ratio"):
+        table.add_column(column, justify="right")
+    numbers = (f"{means['processed_rows']:,.1f}", f"{means['hardware_rows']:,.1f}", f"{means['wasted_ratio']:.4f}")
+    table.add_row(str(means["trials"]), *numbers)
+    return table
+
+
+def title(problem: Problem, environment: dict[str, Any]) -> str:
+    described = problem.describe()
+    power = f", power limit {environment['power_limit_w']:.0f} W" if environment["power_limit_w"] else ""
+    biased = ", bias" if problem.bias else ""
+    return (
+        f"T,H,I,E,K = {problem.thiek}; routing {described['routing']}; {problem.dtype}; {problem.activation}{biased}, "
+        f"{problem.gate_up_layout}; seed {problem.seed}\n"
+        f"{described['backend']} backend on {environment['device']}{power}, torch {environment['versions']['torch']}"
+    )
+
+
+def accuracy_cell(problem: Problem, judged: Judged) -> dict[str, Any]:
+    errors = {
+        name: {key: value if math.isfinite(value) else None for key, value in error._asdict().items()}
+        for name, error in judged.errors.items()
+    }
+    reference = {name: {"max": largest, "mean": mean} for name, (largest, mean) in judged.reference.items()}
+    verdict = {"passed": not judged.failures, "why": "; ".join(judged.failures)}
+    return {**problem.describe(), "mode": "accuracy", "errors": errors, "reference": reference, **verdict}
+
+
+def print_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> None:
+    """The result in the format of recorded results, on stdout."""
+    command = shlex.join(["sonicmoe", *sys.argv[1:]])
+    print(json.dumps({**environment, "command": command, **more, "cells": cells}, indent=2, allow_nan=False))
