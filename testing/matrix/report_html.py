@@ -28,7 +28,7 @@ p { margin: .3rem 0; max-width: 75ch; }
 table { border-collapse: collapse; width: 100%; font-size: .83rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .55rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { background: #eef1f5; font-weight: 600; }
-td.n, th.n { text-align: right; } td.why { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; } td.why { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 .list td:first-child, .list th:first-child { position: sticky; left: 0; background: var(--card); }
 .list th:first-child { background: #eef1f5; }
@@ -37,7 +37,8 @@ tr:last-child td { border-bottom: 0; }
 .map { margin: 0 0 1rem; padding: .5rem .6rem; }
 .map h3 { margin: 0; font-size: .92rem; } .map p { font-size: .78rem; color: var(--soft); margin: 0 0 .3rem; }
 .map table { table-layout: fixed; } .map th, .map td { border: 0; padding: 1px; font-size: .72rem; background: none; text-align: center; }
-.map th:first-child, .map td:first-child { width: 36%; text-align: left; overflow: hidden; text-overflow: ellipsis; }
+.map th { vertical-align: bottom; line-height: 1.1; font-weight: 600; }
+.map th:first-child, .map td:first-child { width: 34%; text-align: left; overflow: hidden; text-overflow: ellipsis; }
 .map i { display: block; font-style: normal; border-radius: 3px; padding: .1rem 0; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem; font-size: .78rem; margin: .4rem 0 .8rem; }
 .legend i { font-style: normal; border-radius: 3px; padding: .1rem .5rem; }
@@ -101,13 +102,13 @@ def _table(head: list[tuple[str, str]], rows: list[list[str]]) -> str:
 
 def _failures(result: dict[str, Any]) -> str:
     rows = [
-        [escape(cell["name"]), thiek_text(cell.get("thiek")), _status(cell), escape(cell["why"])]
+        [escape(cell["name"]), _status(cell), escape(cell["why"]), thiek_text(cell.get("thiek"))]
         for cell in result["cells"]
         if cell["status"] in (FAILED, MISSING)
     ]
     if not rows:
         return ""
-    return f"<h2>What fails</h2>{_table([('cell', ''), ('T,H,I,E,K', ''), ('', ''), ('why', 'why')], rows)}"
+    return f"<h2>What fails</h2>{_table([('cell', ''), ('', ''), ('why', 'why'), ('T,H,I,E,K', '')], rows)}"
 
 
 def _not_run(result: dict[str, Any]) -> str:
@@ -153,7 +154,7 @@ def _heat_maps(matrix: Matrix, result: dict[str, Any]) -> str:
             groups.setdefault(group, []).append(_heat_row(matrix, layers[cell["name"]], name, cell["errors"]))
     if not groups:
         return ""
-    names = "".join(f"<th>{tensor}</th>" for tensor in TENSORS)
+    names = "".join(f"<th>{tensor.replace('_', '<br>')}</th>" for tensor in TENSORS)
     legend = "".join(
         f'<i style="background:{color};color:{"#fff" if color == _COLORS[-1] else "inherit"}">{label}</i>'
         for color, label in zip(_COLORS, [*(f"to {step:.0%}" for step in _STEPS), "fails"], strict=True)
