@@ -32,11 +32,7 @@ def gather_sum_hopper(rows: torch.Tensor, score: torch.Tensor | None, plan: Disp
     Raises:
         TypeError, ValueError: an argument that the kernel cannot take, in one sentence, before any work.
     """
-    if rows.dim() != 2 or rows.shape[1] % 8:
-        raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with H a multiple of 8")
-    if rows.dtype not in _DTYPE_NAME:
-        raise TypeError(f"rows: dtype {rows.dtype}: must be bfloat16, float16 or float32")
-    if rows.shape[0] != plan.slot_to_row.shape[0]:
+    if rows.dim() != 2 or rows.shape[0] != plan.slot_to_row.shape[0]:
         raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with the plan's R={plan.slot_to_row.shape[0]}")
     if score is not None and score.shape != plan.slot_to_row.shape:
         raise ValueError(f"score: shape {tuple(score.shape)}: must be (R,) with the plan's R={plan.slot_to_row.shape[0]}")
@@ -55,7 +51,11 @@ def launch(
     slots_per_token: int | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same on the plan's tensors, shapes and dtypes already checked."""
+    """The same on the plan's tensors, whose shapes match already."""
+    if rows.dtype not in _DTYPE_NAME:
+        raise TypeError(f"rows: dtype {rows.dtype}: must be bfloat16, float16 or float32")
+    if rows.shape[1] % 8:
+        raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with H a multiple of 8")
     if out is None:
         out = rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
     if score is not None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from dispatch import gather_sum_hopper
 from dispatch.operators import operator
 from dispatch.types import DispatchPlan
 
@@ -10,13 +11,15 @@ _BLOCK_ELEMENTS_CPU = 2**18
 _BLOCK_ELEMENTS_GPU = 2**27
 
 
-def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan) -> torch.Tensor:
+def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan, *, backend: str = "auto") -> torch.Tensor:
     """Sum each token's rows, weighted by score: ``o[t] = sum over t's slots s of score[s] * rows[slot_to_row[s]]``.
 
     Args:
         rows: (R, H) floating point, in the plan's row order. The tail and nothing else may hold anything, NaN included.
         score: (R,) floating point, per slot and not per row, or None for weights of one.
         plan: the DispatchPlan of the R slots.
+        backend: "hopper" is the kernel (rows contiguous in bfloat16, float16 or float32, H a multiple of 8, an sm_90 GPU), "reference"
+            is PyTorch anywhere, "auto" is the kernel where device, dtype and H allow it, else PyTorch. Gradients are PyTorch's.
 
     Returns:
         (T, H) in rows' dtype. Summed in float32 (float64 for float64 rows) in slot order, so the bits depend neither on
@@ -49,8 +52,18 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
             raise ValueError(f"score: shape {tuple(score.shape)}: must be (R,) with the plan's R={slots}")
         if score.device != rows.device:
             raise ValueError(f"score: device {score.device}: must be rows' device {rows.device}")
+    if backend not in ("auto", "hopper", "reference"):
+        raise ValueError(f"backend={backend!r}: must be one of auto, hopper, reference")
     return _gather_sum(
-        rows, score, plan.slot_to_row, plan.row_to_slot, plan.row_to_token, plan.token_offsets, plan.token_slots, plan.slots_per_token
+        rows,
+        score,
+        plan.slot_to_row,
+        plan.row_to_slot,
+        plan.row_to_token,
+        plan.token_offsets,
+        plan.token_slots,
+        plan.slots_per_token,
+        backend,
     )
 
 
@@ -64,7 +77,10 @@ def _gather_sum(
     token_offsets: torch.Tensor,
     token_slots: torch.Tensor,
     slots_per_token: int | None,
+    backend: str = "auto",
 ) -> torch.Tensor:
+    if backend == "hopper" or (backend == "auto" and gather_sum_hopper.supports(rows)):
+        return gather_sum_hopper.launch(rows, score, slot_to_row, token_offsets, token_slots, slots_per_token)
     return _gather_sum_torch(rows, score, slot_to_row, row_to_token, token_offsets, token_slots)
 
 
@@ -78,6 +94,7 @@ def _(
     token_offsets: torch.Tensor,
     token_slots: torch.Tensor,
     slots_per_token: int | None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     return rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
 
@@ -161,7 +178,7 @@ def _backward(ctx, out_grad: torch.Tensor):
     rows_needed, score_needed, *_ = ctx.needs_input_grad
     rows_grad = _rows_grad(out_grad, score, row_to_slot, row_to_token) if rows_needed else None
     score_grad = _score_grad(out_grad, rows, slot_to_row, row_to_token, ctx.score_dtype) if score_needed else None
-    return rows_grad, score_grad, None, None, None, None, None, None
+    return rows_grad, score_grad, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("sonicmoe_dispatch::gather_sum", _backward, setup_context=_setup_context)

@@ -149,7 +149,7 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         a, z = operations.up_projection(x, w_up, b_up, plan, activation=activation, gate_up_layout=gate_up_layout, store_z=store_z)
         y = operations.down_projection(a, w_down, b_down, plan)
-        out = dispatch.gather_sum(y, score, plan)
+        out = dispatch.gather_sum(y, score, plan, backend=backend)
     return [out, z] if store_z else [out]
 
 
@@ -212,7 +212,7 @@ def _backward(
         if need.w_up or need.b_up:
             dw_up, db_up = operations.up_weight_grad(x, dz, plan, need_weight=need.w_up, need_bias=need.b_up)
         if need.x:
-            dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan)
+            dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan, backend=backend)
     gradients = (dx, dw_up, dw_down, db_up, db_down, dscore)
     return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
 

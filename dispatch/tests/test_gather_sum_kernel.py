@@ -1,0 +1,75 @@
+"""The gather_sum kernel without a GPU: built for sm_90a, read back, and refused where it cannot run."""
+
+import re
+
+import pytest
+import torch
+
+import cute_runtime
+from dispatch import gather_sum, plan
+from dispatch.gather_sum_hopper import gather_sum_hopper, supports
+from dispatch.kernels import variants
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """What the machine code of the longest variant uses."""
+    variant = variants.gather_sum(dtype="bfloat16", form="csr", scored=True)
+    (resources,) = cute_runtime.read_resources(cute_runtime.build(variant, tmp_path_factory.mktemp("out")))
+    return resources
+
+
+def test_kernel_keeps_everything_in_registers(resources):
+    assert not resources.uses_local_memory, resources
+    assert resources.static_shared_bytes == 0
+
+
+def test_four_blocks_of_256_threads_fit_on_a_multiprocessor(resources):
+    assert resources.registers <= 64
+
+
+def test_every_form_is_built_beforehand_once():
+    names = [variant.name for variant in variants.prebuilt_variants()]
+    assert len(set(names)) == len(names) == 12
+    assert "dispatch.gather_sum-dtype.bfloat16-form.uniform-scored.true" in names
+
+
+@pytest.fixture
+def four_slots():
+    return plan(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 0, 1]), num_tokens=2, num_experts=2, slots_per_token=2)
+
+
+def test_cpu_tensors_are_refused(four_slots):
+    message = "rows: device cpu: must be a GPU of compute capability 9.0 (sm_90)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gather_sum_hopper(torch.zeros(4, 8), None, four_slots)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gather_sum(torch.zeros(4, 8), None, four_slots, backend="hopper")
+    assert not supports(torch.zeros(4, 8))
+
+
+def test_unknown_backend_is_refused(four_slots):
+    with pytest.raises(ValueError, match=r"^backend='cuda': must be one of auto, hopper, reference$"):
+        gather_sum(torch.zeros(4, 8), None, four_slots, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("rows", "score", "out", "error", "message"),
+    [
+        (torch.zeros(4, 12), None, None, ValueError, "rows: shape (4, 12): must be (R, H) with H a multiple of 8"),
+        (torch.zeros(4, 8).double(), None, None, TypeError, "rows: dtype torch.float64: must be bfloat16, float16 or float32"),
+        (torch.zeros(3, 8), None, None, ValueError, "rows: shape (3, 8): must be (R, H) with the plan's R=4"),
+        (torch.zeros(4, 8), torch.zeros(2, 2), None, ValueError, "score: shape (2, 2): must be (R,) with the plan's R=4"),
+        (torch.zeros(4, 8), None, torch.zeros(3, 8), ValueError, "out: shape (3, 8) in torch.float32: must be (2, 8)"),
+        (
+            torch.zeros(4, 8),
+            None,
+            torch.zeros(2, 8).half(),
+            ValueError,
+            "out: shape (2, 8) in torch.float16: must be (2, 8) in rows' dtype",
+        ),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused(four_slots, rows, score, out, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        gather_sum_hopper(rows, score, four_slots, out)
