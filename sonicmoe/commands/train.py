@@ -269,7 +269,7 @@ def _report(metrics: dict, out: Path, *, as_json: bool) -> None:
 
     config, text = metrics["config"], metrics["text"]
     table = Table(title=f"{config['steps']} steps of {metrics['tokens_per_step']} bytes of {text['name']}")
-    table.add_column("trained with (losses in nats per byte)")
+    table.add_column("trained with (loss: nats per byte)")
     for routing in metrics["results"]:
         table.add_column(routing_name(routing), justify="right")
     results = metrics["results"].values()

@@ -49,11 +49,11 @@ def train(experiment: Experiment, steps: int) -> Experiment:
 
 
 def test_model_beats_unigram_frequencies(built_in):
-    config = dataclasses.replace(TINY, steps=100, batch_size=8, context=32, hidden_size=64, intermediate_size=32, lr=1e-2)
+    config = dataclasses.replace(TINY, steps=70, batch_size=8, context=32, hidden_size=64, intermediate_size=32, lr=1e-2)
     experiment = train(Experiment(config, built_in, device=CPU), config.steps)
     for result in experiment.results().values():
         assert result["validation_loss_start"] > 5.4  # ln 256 = 5.55: nothing is known yet
-        assert result["validation_loss"] < experiment.baselines["unigram"] - 0.4
+        assert result["validation_loss"] < experiment.baselines["unigram"] - 0.3
         assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] * 1.442695, rel=1e-6)
 
 

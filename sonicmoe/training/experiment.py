@@ -130,7 +130,7 @@ class Experiment:
             "tokens_per_step": self.config.tokens_per_step,
             **{
                 name: getattr(self.config, name)
-                for name in ("hidden_size", "intermediate_size", "num_experts", "experts_per_token", "seed")
+                for name in ("hidden_size", "intermediate_size", "num_experts", "experts_per_token", "load_balance", "seed")
             },
         }
         return Recording(logits[:, chosen].numpy(), learner.history.load[: len(ends)].numpy(), np.array(ends), metadata)

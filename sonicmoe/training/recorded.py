@@ -68,6 +68,7 @@ def load_recorded_logits(path: str | Path, num_tokens: int, num_experts: int, se
     recorded, each block with its own draw of rows: within a block a token's logits belong together as recorded, between
     blocks they are independent. A smaller block takes the experts evenly spaced in the order of their recorded top-K load, so
     that it holds the busy and the idle ones in proportion. The experts are then put in random order.
+    Where K / E is below the recorded one the busiest experts' share grows: their lead counts for more among the first few choices.
 
     float16 logits collide where float32 ones would not, so each value is moved uniformly within its float16 step.
 
