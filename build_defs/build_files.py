@@ -6,13 +6,14 @@ rules of the house, each reported with the target or file that breaks it:
 - every Python file of a package belongs to exactly one target;
 - a target's ``deps`` are exactly the libraries that its files import, lazy imports included;
 - imports run one way: testing -> sonicmoe -> routing -> dispatch -> cute_runtime;
-- a test file with GPU tests says ``gpu = True``, and only such a file.
+- a test target says which of its file's tests are marked gpu: none, some or all.
 """
 
 import ast
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 FLOORS = ("cute_runtime", "dispatch", "routing", "sonicmoe", "testing")
 """Packages from the ground up: each imports only those before it."""
@@ -26,7 +27,7 @@ class Target:
     files: tuple[str, ...]
     deps: frozenset[str] = field(default_factory=frozenset)
     is_test: bool = False
-    gpu: bool = False
+    gpu: str = "none"
 
 
 def absolute_label(label: str, package: str) -> str:
@@ -48,14 +49,14 @@ def read_build_file(path: Path, root: Path) -> list[Target]:
         found -= {match for pattern in exclude for match in path.parent.glob(pattern)}
         return sorted(match.relative_to(path.parent).as_posix() for match in found)
 
-    def add(name: str, srcs: Iterable[str], deps: Iterable[str], **more: bool) -> None:
+    def add(name: str, srcs: Iterable[str], deps: Iterable[str], **more: Any) -> None:
         files = tuple(f"{package}/{src}" for src in srcs)
         targets.append(Target(f"//{package}:{name}", files, frozenset(absolute_label(dep, package) for dep in deps), **more))
 
     def sonic_py_library(name: str, srcs: list[str], deps: Iterable[str] = (), **_: object) -> None:
         add(name, srcs, deps)
 
-    def sonic_py_test(src: str, deps: Iterable[str] = (), gpu: bool = False, **_: object) -> None:
+    def sonic_py_test(src: str, deps: Iterable[str] = (), gpu: str = "none", **_: object) -> None:
         add(src.removesuffix(".py"), [src], deps, is_test=True, gpu=gpu)
 
     def ignored(*_: object, **__: object) -> None:
@@ -101,12 +102,20 @@ def imported_modules(source: str, file: str, known: Iterable[str]) -> Iterator[s
                     yield name
 
 
-def has_gpu_tests(source: str) -> bool:
-    """Whether ``pytest.mark.gpu`` occurs in the code."""
-    return any(
-        isinstance(node, ast.Attribute) and node.attr == "gpu" and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
-        for node in ast.walk(ast.parse(source))
-    )
+def gpu_tests(source: str) -> str:
+    """Which tests of a file are marked gpu: "all" where its ``pytestmark`` says so, "some" where the mark occurs elsewhere, or "none"."""
+    tree = ast.parse(source)
+    marks = [node for statement in tree.body if is_pytestmark(statement) for node in ast.walk(statement)]
+    return "all" if any(map(is_gpu_mark, marks)) else "some" if any(map(is_gpu_mark, ast.walk(tree))) else "none"
+
+
+def is_pytestmark(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "pytestmark" for name in statement.targets)
+
+
+def is_gpu_mark(node: ast.AST) -> bool:
+    """Whether the node is ``pytest.mark.gpu``."""
+    return isinstance(node, ast.Attribute) and node.attr == "gpu" and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
 
 
 def python_files(root: Path) -> list[str]:
@@ -144,8 +153,8 @@ def target_problems(target: Target, root: Path, module_owner: dict[str, str]) ->
             wanted.setdefault(module_owner[module], f"{file} imports {module}")
             if floor in FLOORS and module.split(".")[0] not in FLOORS[: FLOORS.index(floor) + 1]:
                 yield f"{file}: imports {module}, but imports run {' -> '.join(reversed(FLOORS))}"
-        if target.is_test and has_gpu_tests(source) != target.gpu:
-            yield f"{target.label}: gpu = {target.gpu}, but {file} has {'no ' if target.gpu else ''}tests marked gpu"
+        if target.is_test and gpu_tests(source) != target.gpu:
+            yield f"{target.label}: gpu = {target.gpu!r}, but of the tests in {file} {gpu_tests(source)} are marked gpu"
     wanted.pop(target.label, None)
     yield from (f"{target.label}: deps lack {label} ({why})" for label, why in sorted(wanted.items()) if label not in target.deps)
     yield from (f"{target.label}: deps name {label}, which nothing imports" for label in sorted(target.deps - wanted.keys()))

@@ -86,8 +86,8 @@ def sonic_py_library(name, srcs, deps = [], **kwargs):
     """
     _library(name = name, srcs = srcs, deps = deps, **kwargs)
 
-def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = [], size = "medium", **kwargs):
-    """One pytest file as a test target named after it; with gpu = True also NAME_gpu for its GPU-marked tests.
+def sonic_py_test(src, deps = [], data = [], gpu = "none", gpu_data = [], tags = [], size = "medium", **kwargs):
+    """One pytest file as a test target named after it, and its GPU tests as NAME_gpu.
 
     The GPU target is tagged `gpu` and runs alone on the machine; where there is no sm_90 GPU its tests are skipped by
     conftest.py.
@@ -96,24 +96,25 @@ def sonic_py_test(src, deps = [], data = [], gpu = False, gpu_data = [], tags = 
       src: the test file.
       deps: libraries that it imports.
       data: files that it reads.
-      gpu: whether the file holds tests marked `gpu`.
+      gpu: which of its tests are marked `gpu`: "none", "some" or "all".
       gpu_data: files that only the GPU tests read, such as prebuilt kernels.
       tags: Bazel tags.
       size: Bazel test size; medium has five minutes, ample also on a busy machine.
       **kwargs: runtime_deps and common test attributes.
     """
     name = src[:-len(".py")]
-    _pytest_test(
-        name = name,
-        srcs = [src],
-        deps = deps,
-        data = data,
-        marker = "not gpu",
-        tags = tags,
-        size = size,
-        **kwargs
-    )
-    if gpu:
+    if gpu != "all":
+        _pytest_test(
+            name = name,
+            srcs = [src],
+            deps = deps,
+            data = data,
+            marker = "not gpu",
+            tags = tags,
+            size = size,
+            **kwargs
+        )
+    if gpu != "none":
         _pytest_test(
             name = name + "_gpu",
             srcs = [src],

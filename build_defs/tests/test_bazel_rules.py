@@ -56,7 +56,7 @@ sonic_py_library(name = "upper", srcs = ["__init__.py"], deps = ["//lower"])
 sonic_py_test(src = "test_upper.py", deps = [":upper"])
 sonic_py_test(src = "test_alone.py")
 sonic_py_test(src = "test_undeclared.py", tags = ["manual"])
-sonic_py_test(src = "test_kernels.py", gpu = True, gpu_data = ["//lower/kernels:prebuilt"])
+sonic_py_test(src = "test_kernels.py", gpu = "some", gpu_data = ["//lower/kernels:prebuilt"])
 """,
     "upper/__init__.py": "import lower\nVALUE = lower.VALUE\n",
     "upper/test_upper.py": "import upper\ndef test_value():\n    assert upper.VALUE == 1\n",

@@ -60,7 +60,7 @@ def test_tree_in_order_has_no_problems(tree: Path):
         ({"dispatch/tests/test_new.py": ""}, "dispatch/tests/test_new.py: belongs to no target"),
         (
             {"dispatch/tests/test_plan.py": "import pytest\nfrom dispatch import types\n@pytest.mark.gpu\ndef test_x(): ...\n"},
-            "//dispatch/tests:test_plan: gpu = False, but dispatch/tests/test_plan.py has tests marked gpu",
+            "//dispatch/tests:test_plan: gpu = 'none', but of the tests in dispatch/tests/test_plan.py some are marked gpu",
         ),
         (
             {"cute_runtime/BUILD.bazel": 'sonic_py_library(name = "cute_runtime", srcs = ["__init__.py", "gone.py"])\n'},
@@ -78,3 +78,16 @@ def test_file_in_two_targets_is_reported(tree: Path):
     with (tree / "dispatch/BUILD.bazel").open("a") as build:
         build.write('sonic_py_library(name = "types", srcs = ["types.py"], deps = ["//cute_runtime"])\n')
     assert "dispatch/types.py: belongs to 2 targets, //dispatch:dispatch and //dispatch:types" in build_files.problems(tree)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import pytest\npytestmark = pytest.mark.gpu\ndef test_x(): ...\n", "all"),
+        ("import pytest\npytestmark = [pytest.mark.gpu]\ndef test_x(): ...\n", "all"),
+        ("import pytest\n@pytest.mark.gpu\ndef test_x(): ...\n", "some"),
+        ("def test_x(): ...\n", "none"),
+    ],
+)
+def test_gpu_marks_are_found(source: str, expected: str):
+    assert build_files.gpu_tests(source) == expected
