@@ -21,6 +21,7 @@ from testing.matrix.plan import UNGATED, experts_problem
 from testing.matrix.results import check
 from testing.matrix.route import check_route, route, with_sentinels
 
+FEW_ROWS = 64
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,7 +53,7 @@ def measure_layer(cell: LayerCell, profile: Profile, seed: int, device: str) -> 
         first = run_layer(cell, problem)
     expected = run_oracle(cell, problem)
     errors = accuracy.measure_all(first, expected)
-    errors["drouter"] = errors["drouter"]._replace(worst_block=worst_router_row(first["drouter"], expected["drouter"]))
+    errors["drouter"] = router_error(cell, problem, first["drouter"], expected["drouter"])
     with torch.no_grad(), poisoned():
         inference, _ = _forward(cell, problem, problem.x, problem.router_weight, problem.parameters)
     errors["o"] = max(errors["o"], accuracy.measure("o", inference, expected["o"]), key=lambda error: error.worst_block)
@@ -66,18 +67,33 @@ def measure_layer(cell: LayerCell, profile: Profile, seed: int, device: str) -> 
     }
 
 
-def worst_router_row(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error of a row of the router's gradient (E, H), relative to the row but to no less than 0.3 typical rows.
+def router_error(cell: LayerCell, problem: Problem, got: torch.Tensor, expected: torch.Tensor) -> accuracy.Error:
+    """The error of the router's gradient (E, H), relative to sizes that cannot vanish by chance.
 
-    A row is a sum over an expert's tokens. One of a few tokens may nearly cancel, and one of an expert that nobody chose is
-    exactly zero under a renormalised softmax; relative to themselves such rows are all rounding. Dropping or doubling even one
-    token of a thousand still moves a row by 0.03 of its norm.
+    A row is a sum over an expert's tokens, each weighted by a dot product that may nearly cancel. One of few tokens, or of an
+    expert that nobody chose under a renormalised softmax, may be far smaller than its terms, and relative to itself it is all
+    rounding. So a row counts as at least 0.3 of the rows' root mean square: dropping one token of a thousand still moves a row
+    by 0.03 of its norm. With at most FEW_ROWS routed rows the whole gradient is such a sum; it then counts as at least what
+    other output gradients give on average, and as nothing averages out, 1 + 8 / sqrt(R) times that.
     """
-    if not len(expected):
-        return 0.0
+    plain = accuracy.measure("drouter", got, expected)
+    rows = len(problem.x) * problem.per_token
+    if rows == 0:
+        return plain
     gap, norm = (got.double() - expected).norm(dim=1), expected.norm(dim=1)
-    scale = torch.maximum(norm, 0.3 * norm.square().mean().sqrt())
-    return torch.where(gap == 0, 0.0, gap / scale).nan_to_num(nan=math.inf).max().item()
+    typical = norm.norm()
+    if rows <= FEW_ROWS:
+        generator = torch.Generator().manual_seed(problem.seed + 1)
+        others = [torch.randn(problem.dout.shape, generator=generator).to(problem.dout) for _ in range(8)]
+        squares = [run_oracle(cell, problem._replace(dout=dout))["drouter"].square().sum() for dout in others]
+        typical = torch.maximum(typical, torch.stack(squares).mean().sqrt()) * (1 + 8 / math.sqrt(rows))
+    row_scale = torch.maximum(norm, 0.3 * typical / math.sqrt(len(norm)))
+    return plain._replace(whole=_quotient(gap.norm(), typical).item(), worst_block=_quotient(gap, row_scale).max().item())
+
+
+def _quotient(gap: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """gap / scale, 0 where both are 0, infinite where it is not a number."""
+    return torch.where(gap == 0, 0.0, gap / scale).nan_to_num(nan=math.inf)
 
 
 def _json(value: float) -> float | None:
