@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "doctor": "check the machine, and say what to do about what is wrong",
     "bench": "judge and time one layer of any size",
     "report": "judge and time the three standard loads, ending in PASS or FAIL",
     "train": "train a small MoE language model on real text",
