@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -144,3 +147,14 @@ def test_plan_prints_one_line_of_json(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert [entry["shard"] for entry in json.loads(out)["include"]] == ["1/2", "2/2"]
+
+
+def test_planning_and_deciding_need_no_torch(tmp_path, matrix, good):
+    path = tmp_path / "shard-1-of-1.json"
+    path.write_text(json.dumps(good))
+    program = "import sys; sys.modules['torch'] = None; from testing.matrix.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    for argv in (["plan", "--shards", "2", "--profile", "hopper"], ["gate", str(path), "--json"]):
+        command = [sys.executable, "-c", program, *argv, "--matrix", str(matrix.path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert ended.returncode == 0, ended.stderr
