@@ -95,16 +95,19 @@ class MoE(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **make))
         self.register_parameter("b_up", nn.Parameter(torch.empty(num_experts, up_rows, **make)) if bias else None)
         self.register_parameter("b_down", nn.Parameter(torch.empty(num_experts, hidden_size, **make)) if bias else None)
-        self.reset_parameters()
+        self._reset_experts()
 
     def reset_parameters(self) -> None:
-        """As `torch.nn.Linear` for each expert: weights and biases uniform within 1/sqrt(fan-in)."""
+        """As `torch.nn.Linear` for the router and each expert: weights and biases uniform within 1/sqrt(fan-in)."""
+        self.router.reset_parameters()
+        self._reset_experts()
+
+    def _reset_experts(self) -> None:
         for weight, bias in ((self.w_up, self.b_up), (self.w_down, self.b_down)):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
-        self.router.reset_parameters()
 
     def forward(self, x: torch.Tensor, *, return_router: bool = False) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
         """(..., H) -> (..., H), with ``return_router`` also a RouterOutput."""

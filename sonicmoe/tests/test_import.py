@@ -1,0 +1,23 @@
+import subprocess
+import sys
+
+import pytest
+
+import sonicmoe
+
+
+def test_import_loads_neither_torch_nor_a_compiler():
+    code = "import sys, sonicmoe, sonicmoe.__main__; print(sorted({'torch', 'cutlass', 'numpy', 'rich'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_loads():
+    assert set(sonicmoe.__all__) <= set(dir(sonicmoe))
+    for name in sonicmoe.__all__:
+        assert getattr(sonicmoe, name).__name__ == name
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Moe'"):
+        sonicmoe.Moe  # noqa: B018
