@@ -73,8 +73,9 @@ def free_gpu(machine: Machine, *, confirm: Callable[[int], bool], say: Callable[
     if not confirm(len(stoppable)):
         say("Nothing was stopped.")
         return False
+    before = _running(machine)
     stopped = [one for one in stoppable if _stop(machine, one.process, say)]
-    came_back = _watch(machine, stopped)
+    came_back = _watch(machine, stopped, before)
     for old, new in came_back:
         supervisor = supervisor_of(machine.proc, new.pid)
         advice = supervisor.stop if supervisor else f"find what started it: ps -o ppid,args -p {new.pid}, and stop that first"
@@ -110,17 +111,21 @@ def _stop(machine: Machine, process: Process, say: Callable[[str], None]) -> boo
     return True
 
 
-def _watch(machine: Machine, stopped: list[Held]) -> list[tuple[Process, Process]]:
-    """(old, new) for each stopped process whose command line comes back under another pid, started later."""
-    waiting = {one.process.pid: one.process for one in stopped}
+def _running(machine: Machine) -> set[Process]:
+    pids = [int(entry.name) for entry in machine.proc.iterdir() if entry.name.isdecimal()]
+    return {process for pid in pids if (process := read_process(machine.proc, pid))}
+
+
+def _watch(machine: Machine, stopped: list[Held], before: set[Process]) -> list[tuple[Process, Process]]:
+    """(old, new) for each stopped process whose command line comes back. Ranks of one job share it, so those of ``before`` do not count."""
+    waiting = [one.process for one in stopped]
     found = []
     for _ in range(PATIENCE_S if waiting else 0):
-        for entry in machine.proc.iterdir():
-            process = read_process(machine.proc, int(entry.name)) if entry.name.isdecimal() else None
-            for old in list(waiting.values()):
-                if process and process.command == old.command and process.pid != old.pid and process.started > old.started:
-                    found.append((old, process))
-                    del waiting[old.pid]
+        for new in _running(machine) - before:
+            old = next((one for one in waiting if one.command == new.command), None)
+            if old:
+                found.append((old, new))
+                waiting.remove(old)
         if not waiting:
             break
         machine.sleep(1.0)

@@ -392,6 +392,7 @@ def test_free_gpu_leaves_strangers_and_ourselves_alone(tmp_path, holder, capsys)
 def test_process_that_comes_back_is_called_supervised(tmp_path, capsys):
     proc = tmp_path / "proc"
     add_process(proc, 7)
+    add_process(proc, 8, started=150)  # another rank of the same job, which was there before
     (proc / "7" / "fd" / "3").symlink_to("/dev/nvidia0")
 
     def kill(pid, number):
