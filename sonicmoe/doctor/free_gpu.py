@@ -126,6 +126,7 @@ def _watch(machine: Machine, stopped: list[Held], before: set[Process]) -> list[
             if old:
                 found.append((old, new))
                 waiting.remove(old)
+                before = {*before, new}
         if not waiting:
             break
         machine.sleep(1.0)
