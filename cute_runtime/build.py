@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from cute_runtime.objects import CorruptObjectError, object_name, split_object, write_object
+from cute_runtime.objects import FUNCTION, CorruptObjectError, object_name, split_object, write_object
 from cute_runtime.sources import ARCH, COMPILER, compiler_version, key, project_packages, sources
 from cute_runtime.variant import Variant
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class MissingToolError(RuntimeError):
@@ -23,8 +26,10 @@ class KernelCompileError(RuntimeError):
     """A kernel does not compile. The compiler's output is kept in ``log``."""
 
     def __init__(self, variant: Variant, log: Path) -> None:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        super().__init__(f"{variant.name}: does not compile ({lines[-1] if lines else 'no output'}); the log is {log}")
+        lines = [line.strip() for line in _COLOUR.sub("", log.read_text(errors="replace")).splitlines() if line.strip()]
+        # The compiler puts suggestions behind its error; Python's own exceptions come last.
+        errors = [line for line in lines if "error" in line.lower()] or lines or ["no output"]
+        super().__init__(f"{variant.name}: does not compile ({errors[-1]}); the log is {log}")
         self.variant = variant
         self.log = log
 
@@ -122,6 +127,7 @@ def _run_compile_step(variant: Variant, cc: str, scratch: Path, log: Path) -> by
                 "packages": sorted(project_packages(variant)),
                 "cc": cc,
                 "output": str(output),
+                "function": FUNCTION,
             }
         )
     )

@@ -2,7 +2,7 @@
 
 It alone imports the compiler. Its own process keeps the compiler's environment variables, caches and dumps away from the user's
 process, and a crash of the compiler from everything else. The request names the kernel, its parameters, the target, the
-project's packages, the C compiler and the shared object to write.
+project's packages, the C compiler, the shared object to write and the function in it.
 
 A kernel module's ``trace(**params)`` returns ``(function, arguments)``: a ``@cute.jit`` function and fake arguments to compile
 it for, the last of them ``make_fake_stream(use_tvm_ffi_env_stream=True)``, which becomes the caller's current stream and leaves
@@ -17,9 +17,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-FUNCTION = "kernel"
-"""Name of the function in every kernel object."""
 
 _OPTIONS = "--enable-tvm-ffi"
 
@@ -48,7 +45,7 @@ def _compile(request: dict, object_file: Path) -> None:
 
     function, arguments = importlib.import_module(request["kernel"]).trace(**request["params"])
     compiled = cute.compile(function, *arguments, options=_OPTIONS)
-    compiled.export_to_c(str(object_file), function_name=FUNCTION)
+    compiled.export_to_c(str(object_file), function_name=request["function"])
 
 
 def _link(request: dict, object_file: Path) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cute_runtime.cache import cache_folder, cached_or_built
-from cute_runtime.compile_worker import FUNCTION
 from cute_runtime.discover import KERNELS_VARIABLE, prebuilt_folders
-from cute_runtime.objects import CorruptObjectError, object_name, split_object
+from cute_runtime.objects import FUNCTION, CorruptObjectError, object_name, split_object
 from cute_runtime.sources import COMPILER, changed_sources, compiler_version
 from cute_runtime.variant import Variant
 

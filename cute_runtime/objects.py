@@ -15,6 +15,9 @@ from pathlib import Path
 
 from cute_runtime.variant import Variant
 
+FUNCTION = "kernel"
+"""Name of the function in every kernel object."""
+
 _MAGIC = b"CUTEOBJ1"
 
 

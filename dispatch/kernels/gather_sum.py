@@ -4,14 +4,14 @@ Data flow, one thread for 16 bytes of one token's output (V = 8 bf16/fp16 or 4 f
 that a warp reads 512 consecutive bytes of a row and no thread is idle at any H:
 
     thread -> (token, column)                    one 64-bit division a block, one 32-bit division a thread
-    for each chunk of 8 slots of the token:      slots t*K .. t*K+K-1 (uniform) or token_slots[token_offsets[t] ..] (csr)
+    for each chunk of 8 slots, the rest by 4:    slots t*K .. t*K+K-1 (uniform) or token_slots[token_offsets[t] ..] (csr)
         row[8]    <- slot_to_row[slot]           4 bytes, the same for all of the token's threads: broadcast, then L1
         weight[8] <- score[slot]                 likewise
         value[8]  <- rows[row, column]           16 bytes each, all issued before the first is used; none where row < 0
         total[V] += weight[j] * value[j]         float32, j in slot order: the bits do not depend on the run
     o[token, column] <- total                    16 bytes, rounded once
 
-A row is read by one token only, so it goes past L1 (no_allocate). No shared memory, no barrier.
+No shared memory, no barrier: what hides the latency is 32 warps a multiprocessor with several rows in flight each.
 
 Bytes: R*H*w of rows + T*H*w of o (w bytes an element) + O(R) of indices and scores, each moved once. FLOPs: 2*R*H, 1 per byte
 at w = 2: far below the machine's ratio. Floor: those bytes at device-copy bandwidth. What was measured is in docs/kernels/gather_sum.md.
@@ -24,9 +24,57 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 THREADS = 256
 ROWS_IN_FLIGHT = 8
+ROWS_IN_FLIGHT_AT_END = 4
+"""For what is left of a token's slots: at K = 2 a chunk of 8 spends more instructions on absent rows than the memory takes."""
 VECTOR_BITS = 128
 
 _ELEMENT = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
+
+
+@cute.jit
+def _add_chunk(
+    count: cutlass.Constexpr,
+    rows: cute.Tensor,
+    score: cute.Tensor | None,
+    slot_to_row: cute.Tensor,
+    token_slots: cute.Tensor | None,
+    begin: cutlass.Int32,
+    end: cutlass.Int32,
+    column: cutlass.Int32,
+    total: cute.Tensor,
+):
+    """Add ``count`` slots from ``begin``, those before ``end``, to the thread's ``total``."""
+    width = cutlass.const_expr(VECTOR_BITS // rows.element_type.width)
+    row = cute.make_rmem_tensor((count,), cutlass.Int32)
+    weight = cute.make_rmem_tensor((count,), cutlass.Float32)
+    value = cute.make_rmem_tensor((width, count), rows.element_type)
+    present = cute.make_rmem_tensor((count,), cutlass.Boolean)
+    row.fill(-1)
+    weight.fill(0.0)
+    value.fill(0.0)
+    for j in cutlass.range_constexpr(count):
+        if begin + j < end:
+            slot = begin + j
+            if cutlass.const_expr(token_slots is not None):
+                slot = token_slots[begin + j]
+            row[j] = slot_to_row[slot]
+            if cutlass.const_expr(score is not None):
+                weight[j] = score[slot]
+    load = cute.make_copy_atom(cute.nvgpu.CopyG2ROp(), rows.element_type, num_bits_per_copy=VECTOR_BITS)
+    for j in cutlass.range_constexpr(count):
+        present[j] = row[j] >= 0
+        if cutlass.const_expr(score is not None):
+            # A sentinel's value is zero, but its score may be anything.
+            weight[j] = cutlass.select_(present[j], weight[j], cutlass.Float32(0.0))
+        source = cute.local_tile(rows, (1, width), (row[j], column))[0, None]
+        # One predicate for the whole vector. A predicated load, unlike a branch, leaves the others in flight.
+        predicate = cute.make_tensor(present.iterator + j, cute.make_layout((width,), stride=(0,)))
+        cute.copy(load, source, value[None, j], pred=predicate)
+    for j in cutlass.range_constexpr(count):
+        term = value[None, j].load().to(cutlass.Float32)
+        if cutlass.const_expr(score is not None):
+            term = weight[j] * term
+        total.store(total.load() + term)
 
 
 @cute.kernel
@@ -60,45 +108,13 @@ def _gather_sum_kernel(
             begin = token_offsets[token]
             end = token_offsets[token + 1]
 
-        load = cute.make_copy_atom(
-            cute.nvgpu.CopyG2ROp(),
-            rows.element_type,
-            num_bits_per_copy=VECTOR_BITS,
-            l1c_evict_priority=cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE,
-        )
-        row = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Int32)
-        weight = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Float32)
-        value = cute.make_rmem_tensor((width, ROWS_IN_FLIGHT), rows.element_type)
-        present = cute.make_rmem_tensor((ROWS_IN_FLIGHT,), cutlass.Boolean)
         total = cute.make_rmem_tensor((width,), cutlass.Float32)
         total.fill(0.0)
-
-        for chunk in cutlass.range(begin, end, ROWS_IN_FLIGHT, unroll=1):
-            row.fill(-1)
-            weight.fill(0.0)
-            value.fill(0.0)
-            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
-                if chunk + j < end:
-                    slot = chunk + j
-                    if cutlass.const_expr(token_slots is not None):
-                        slot = token_slots[chunk + j]
-                    row[j] = slot_to_row[slot]
-                    if cutlass.const_expr(score is not None):
-                        weight[j] = score[slot]
-            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
-                present[j] = row[j] >= 0
-                if cutlass.const_expr(score is not None):
-                    # A sentinel's value is zero, but its score may be anything.
-                    weight[j] = cutlass.select_(present[j], weight[j], cutlass.Float32(0.0))
-                source = cute.local_tile(rows, (1, width), (row[j], column))[0, None]
-                # One predicate for the whole vector. A predicated load, unlike a branch, leaves the others in flight.
-                predicate = cute.make_tensor(present.iterator + j, cute.make_layout((width,), stride=(0,)))
-                cute.copy(load, source, value[None, j], pred=predicate)
-            for j in cutlass.range_constexpr(ROWS_IN_FLIGHT):
-                term = value[None, j].load().to(cutlass.Float32)
-                if cutlass.const_expr(score is not None):
-                    term = weight[j] * term
-                total.store(total.load() + term)
+        rest = end - (end - begin) % ROWS_IN_FLIGHT
+        for chunk in cutlass.range(begin, rest, ROWS_IN_FLIGHT, unroll=1):
+            _add_chunk(ROWS_IN_FLIGHT, rows, score, slot_to_row, token_slots, chunk, rest, column, total)
+        for chunk in cutlass.range(rest, end, ROWS_IN_FLIGHT_AT_END, unroll=1):
+            _add_chunk(ROWS_IN_FLIGHT_AT_END, rows, score, slot_to_row, token_slots, chunk, end, column, total)
 
         result = cute.make_rmem_tensor((width,), out.element_type)
         result.store(total.load().to(out.element_type))

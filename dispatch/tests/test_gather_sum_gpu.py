@@ -24,6 +24,9 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4, torch.float32: 3e-7}
 """Rounding the output costs at most 2^-9 (bf16), 2^-12 (fp16) and 2^-24 (fp32) of each value; the sum in float32 a little more."""
 
+LEAST_SHARE = {(True, True): 0.85, (False, True): 0.75, (True, False): 0.63, (False, False): 0.5}
+"""Of a device copy's bandwidth, by (uniform, K > 2): a tenth below what docs/kernels/gather_sum.md records for the slowest shape."""
+
 
 def make(T, H, K, dtype=torch.bfloat16, *, experts=64, sentinels=False, uniform=True, seed=0):
     """rows, score, plan and the token of every slot. Without ``uniform`` the slots come in no order and some tokens have none."""
@@ -196,13 +199,13 @@ def captured(launches):
     return graph
 
 
-def median_ms(graphs, rounds=12):
-    """Median over rounds of the GPU time of a replay, the graphs taking turns, the first rounds left out."""
-    times = {name: [] for name in graphs}
-    for name, graph in list(graphs.items()) * rounds:
+def median_ms(functions, rounds=12):
+    """Median over rounds of the GPU time of each function, in turns, the first rounds left out."""
+    times = {name: [] for name in functions}
+    for name, function in list(functions.items()) * rounds:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        function()
         end.record()
         end.synchronize()
         times[name].append(begin.elapsed_time(end))
@@ -221,7 +224,8 @@ def test_runs_at_device_copy_bandwidth(T, H, K, uniform, capsys):
     source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     launches = [functools.partial(gather_sum_hopper, one, score, p, out) for one, out in zip(inputs, outputs, strict=True)]
-    ms = median_ms({"kernel": captured(launches), "copy": captured([lambda: target.copy_(source)])})
+    # The copy is not captured: a graph would give it to the copy engines, which reach two thirds of the bandwidth (2.76 TB/s on an H200).
+    ms = median_ms({"kernel": captured(launches).replay, "copy": lambda: target.copy_(source)})
     ms["kernel"] /= len(launches)
     rate = moved / ms["kernel"] * 1e-9
     copy_rate = 2 * source.nbytes / ms["copy"] * 1e-9
@@ -230,7 +234,7 @@ def test_runs_at_device_copy_bandwidth(T, H, K, uniform, capsys):
         print(
             f"\nT,H,K={T},{H},{K} {form}: {ms['kernel']:.4f} ms, {rate:.2f} TB/s, copy {copy_rate:.2f} TB/s, share {rate / copy_rate:.3f}"
         )
-    assert rate > 0.85 * copy_rate
+    assert rate > LEAST_SHARE[uniform, K > 2] * copy_rate
 
 
 def test_loads_in_milliseconds_and_launches_in_microseconds(capsys):
