@@ -3,6 +3,12 @@
 Notation: R rows, I intermediate size. A gated activation computes ``act(gate) * up`` from z of shape (R, 2I), an ungated one
 ``act(z)`` from z of shape (R, I). z's columns are laid out like w_up's rows: "interleaved" has gate in columns 0, 2, 4, ...
 and up in columns 1, 3, 5, ...; "concatenated" has gate in the first I columns and up in the last I.
+
+``swiglu_oai`` is the clamped SwiGLU of gpt-oss (its published model code, `GptOssExperts._apply_gate` in transformers)::
+
+    a = g * sigmoid(1.702 * g) * (u + 1)        g = min(gate, 7)        u = min(max(up, -7), 7)
+
+Beyond a clamp the derivative is 0; at the clamp itself it is not, as torch.clamp has it.
 """
 
 import math
@@ -20,6 +26,9 @@ class Activation(NamedTuple):
     gated: bool
     forward: Callable[[torch.Tensor], torch.Tensor]
     derivative: Callable[[torch.Tensor], torch.Tensor]
+    up_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What up becomes before it multiplies the gate's value; None leaves it as it is."""
+    up_derivative: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def _silu(z: torch.Tensor) -> torch.Tensor:
@@ -52,6 +61,28 @@ def _relu_derivative(z: torch.Tensor) -> torch.Tensor:
     return (z > 0).to(z.dtype)
 
 
+_OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
+
+
+def _oai_gate(gate: torch.Tensor) -> torch.Tensor:
+    gate = gate.clamp(max=_OAI_LIMIT)
+    return gate * torch.sigmoid(_OAI_ALPHA * gate)
+
+
+def _oai_gate_derivative(gate: torch.Tensor) -> torch.Tensor:
+    clamped = gate.clamp(max=_OAI_LIMIT)
+    sigmoid = torch.sigmoid(_OAI_ALPHA * clamped)
+    return (gate <= _OAI_LIMIT) * sigmoid * (1 + _OAI_ALPHA * clamped * (1 - sigmoid))
+
+
+def _oai_up(up: torch.Tensor) -> torch.Tensor:
+    return up.clamp(-_OAI_LIMIT, _OAI_LIMIT) + 1
+
+
+def _oai_up_derivative(up: torch.Tensor) -> torch.Tensor:
+    return (up.abs() <= _OAI_LIMIT).to(up.dtype)
+
+
 def _relu_squared(z: torch.Tensor) -> torch.Tensor:
     return _relu(z).square()
 
@@ -64,6 +95,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(True, _silu, _silu_derivative),
     "geglu": Activation(True, _gelu, _gelu_derivative),
     "reglu": Activation(True, _relu, _relu_derivative),
+    "swiglu_oai": Activation(True, _oai_gate, _oai_gate_derivative, _oai_up, _oai_up_derivative),
     "silu": Activation(False, _silu, _silu_derivative),
     "gelu": Activation(False, _gelu, _gelu_derivative),
     "relu": Activation(False, _relu, _relu_derivative),
@@ -93,7 +125,7 @@ def activate(z: torch.Tensor, activation: str, gate_up_layout: str) -> torch.Ten
     if not chosen.gated:
         return chosen.forward(z)
     gate, up = split_gate_up(z, gate_up_layout)
-    return chosen.forward(gate) * up
+    return chosen.forward(gate) * (up if chosen.up_forward is None else chosen.up_forward(up))
 
 
 def activation_gradient(z: torch.Tensor, da: torch.Tensor, activation: str, gate_up_layout: str) -> torch.Tensor:
@@ -104,6 +136,11 @@ def activation_gradient(z: torch.Tensor, da: torch.Tensor, activation: str, gate
     gate, up = split_gate_up(z, gate_up_layout)
     dz = torch.empty_like(z)
     dgate, dup = split_gate_up(dz, gate_up_layout)
-    torch.mul(da * up, chosen.derivative(gate), out=dgate)
-    torch.mul(da, chosen.forward(gate), out=dup)
+    if chosen.up_forward is None:
+        factor = up
+        torch.mul(da, chosen.forward(gate), out=dup)
+    else:
+        factor = chosen.up_forward(up)
+        torch.mul(da * chosen.up_derivative(up), chosen.forward(gate), out=dup)
+    torch.mul(da * factor, chosen.derivative(gate), out=dgate)
     return dz

@@ -42,7 +42,8 @@ def routed_experts(
         routing: who goes where, with what score; slots whose expert is outside [0, E) contribute nothing.
         b_up: (E, 2I) or (E, I), like w_up's rows.
         b_down: (E, H).
-        activation: swiglu, geglu, reglu (gated), silu, gelu, relu or relu_squared. gelu is the exact one.
+        activation: swiglu, geglu, reglu, swiglu_oai (gated), silu, gelu, relu or relu_squared. gelu is the exact one;
+            swiglu_oai is gpt-oss's, see `sonicmoe.activations`.
         gate_up_layout: "interleaved": rows 2i of w_up are gate and 2i + 1 up; "concatenated": the first I rows are gate.
         backend: "auto", "hopper" or "reference"; see `sonicmoe.backends.resolve`.
 

@@ -40,7 +40,7 @@ class MoE(nn.Module):
         intermediate_size: I, a multiple of 8.
         num_experts: E.
         num_experts_per_tok: K, at most E.
-        activation: swiglu, geglu, reglu (gated), silu, gelu, relu or relu_squared.
+        activation: swiglu, geglu, reglu, swiglu_oai (gated), silu, gelu, relu or relu_squared.
         bias: whether the experts' two projections have biases.
         gate_up_layout: "interleaved" or "concatenated", see `routed_experts`.
         router: how logits become a routing, with the same K; top-K over a softmax by default. May be replaced later through

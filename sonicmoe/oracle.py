@@ -13,7 +13,19 @@ import torch.nn.functional as F
 
 from routing import Routing
 
-_GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+
+def _swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gpt-oss: the gate at most 7, up within 7 of 0, ``gate / (1 + exp(-1.702 gate))`` times ``up + 1``."""
+    gate, up = torch.minimum(gate, gate.new_tensor(7.0)), F.hardtanh(up, -7.0, 7.0)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+
+
+_GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "reglu": lambda gate, up: F.relu(gate) * up,
+    "swiglu_oai": _swiglu_oai,
+}
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -136,4 +148,4 @@ def _activate(z: torch.Tensor, activation: str, gate_up_layout: str) -> torch.Te
         gate, up = z.unflatten(-1, (-1, 2)).unbind(-1)
     else:
         gate, up = z.chunk(2, dim=-1)
-    return _GATED[activation](gate) * up
+    return _GATED[activation](gate, up)

@@ -56,6 +56,18 @@ def test_concatenated_layout_splits_in_halves():
     assert oracle.experts(*arguments, activation="reglu", gate_up_layout="interleaved")["o"].item() == 1 * 2 + 10 * 20
 
 
+def test_swiglu_oai_by_hand():
+    """Rows of x select (gate, up): inside, gate beyond 7, up beyond -7 (where up + 1 = -6)."""
+    gate_up = torch.tensor([[1.0, 2.0], [9.0, 0.5], [1.0, -8.0]])
+    routing = make_routing([0, 1, 2], [0, 0, 0], [1.0, 1.0, 1.0], num_tokens=3, num_experts=1)
+    down = torch.tensor([[[1.0], [0.0]]])
+    result = oracle.experts(gate_up, torch.eye(2)[None], down, routing, torch.ones(3, 2), activation="swiglu_oai")
+    one, seven = 1 / (1 + math.exp(-1.702)), 7 / (1 + math.exp(-1.702 * 7))
+    assert result["o"][:, 0].tolist() == pytest.approx([3 * one, 1.5 * seven, -6 * one])
+    slope = one * (1 + 1.702 * (1 - one))
+    assert result["dx"].flatten().tolist() == pytest.approx([3 * slope, one, 0, seven, -6 * slope, 0])
+
+
 def test_scores_by_hand():
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]], dtype=torch.float64)
     routing = make_routing([0, 0, 1], [1, 2, 3], [0.0, 0.0, 0.0], num_tokens=1, num_experts=3)

@@ -16,7 +16,7 @@ from testing.matrix.located import LocatedDict, MatrixError, load
 DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
 
 DTYPES = ("bf16", "fp16", "fp32")
-ACTIVATIONS = ("swiglu", "geglu", "reglu", "silu", "gelu", "relu", "relu_squared")
+ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai", "silu", "gelu", "relu", "relu_squared")
 LAYOUTS = ("interleaved", "concatenated")
 LOADS = ("normal", "skewed", "ties", "non_finite", "recorded")
 METHODS = ("top_k", "token_rounding")
