@@ -2,12 +2,15 @@
 
 import torch
 
-from dispatch.operators import operator
+from dispatch import count_hopper
+from dispatch.operators import check_backend, operator
 
 _INT32_MAX = 2**31 - 1
 
 
-def count_cumsum(expert_index: torch.Tensor, num_experts: int, *, cumsum: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def count_cumsum(
+    expert_index: torch.Tensor, num_experts: int, *, cumsum: bool = True, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Count the slots of each expert and, on request, their running total.
 
     Args:
@@ -15,9 +18,11 @@ def count_cumsum(expert_index: torch.Tensor, num_experts: int, *, cumsum: bool =
             compared as int64, so 2**32 is a sentinel and not expert 0.
         num_experts: E >= 1.
         cumsum: whether to return the running total.
+        backend: "hopper" is the kernels (an sm_90 GPU, E <= 2**20), "reference" is PyTorch anywhere, "auto" is the kernels where the device
+            and the sizes allow them, else PyTorch. The bits are the same.
 
     Returns:
-        count (E,) int32 and its inclusive cumulative sum (E,) int32, or None in its place.
+        count (E,) int32 and its inclusive cumulative sum (E,) int32, or None in its place. Nothing waits for the device.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype or size.
@@ -30,18 +35,22 @@ def count_cumsum(expert_index: torch.Tensor, num_experts: int, *, cumsum: bool =
     """
     check_ids("expert_index", expert_index)
     check_size("num_experts", num_experts, least=1)
-    count = _count(expert_index, num_experts)
-    return count, count.cumsum(0, dtype=torch.int32) if cumsum else None
+    check_backend(backend)
+    count, running = _count(expert_index, num_experts, backend)
+    return count, running if cumsum else None
 
 
-@operator("sonicmoe_dispatch::count")
-def _count(expert_index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return histogram(bucket(expert_index, num_experts), num_experts)
+@operator("sonicmoe_dispatch::count_cumsum")
+def _count(expert_index: torch.Tensor, num_experts: int, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "hopper" or (backend == "auto" and count_hopper.supports(expert_index, num_experts)):
+        return count_hopper.launch(expert_index, num_experts)
+    count = histogram(bucket(expert_index, num_experts), num_experts)
+    return count, count.cumsum(0, dtype=torch.int32)
 
 
-@torch.library.register_fake("sonicmoe_dispatch::count")
-def _(expert_index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return expert_index.new_empty(num_experts, dtype=torch.int32)
+@torch.library.register_fake("sonicmoe_dispatch::count_cumsum")
+def _(expert_index: torch.Tensor, num_experts: int, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    return expert_index.new_empty(num_experts, dtype=torch.int32), expert_index.new_empty(num_experts, dtype=torch.int32)
 
 
 def bucket(index: torch.Tensor, size: int) -> torch.Tensor:

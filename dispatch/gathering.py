@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import gather_sum_hopper
-from dispatch.operators import operator
+from dispatch.operators import check_backend, operator
 from dispatch.types import DispatchPlan
 
 # Elements of the one float32 block that is in flight at a time: it stays in a core's cache on a CPU, fills the machine on a GPU.
@@ -52,8 +52,7 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
             raise ValueError(f"score: shape {tuple(score.shape)}: must be (R,) with the plan's R={slots}")
         if score.device != rows.device:
             raise ValueError(f"score: device {score.device}: must be rows' device {rows.device}")
-    if backend not in ("auto", "hopper", "reference"):
-        raise ValueError(f"backend={backend!r}: must be one of auto, hopper, reference")
+    check_backend(backend)
     return _gather_sum(
         rows,
         score,

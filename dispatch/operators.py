@@ -26,3 +26,9 @@ def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
         return getattr(getattr(torch.ops, namespace), base).default
 
     return register
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that no operator has."""
+    if backend not in ("auto", "hopper", "reference"):
+        raise ValueError(f"backend={backend!r}: must be one of auto, hopper, reference")

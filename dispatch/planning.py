@@ -2,9 +2,9 @@
 
 import torch
 
-from dispatch import debug
+from dispatch import debug, plan_hopper
 from dispatch.counting import bucket, check_ids, check_size, histogram
-from dispatch.operators import operator
+from dispatch.operators import check_backend, operator
 from dispatch.types import DispatchPlan
 
 
@@ -15,6 +15,7 @@ def plan(
     num_tokens: int,
     num_experts: int,
     slots_per_token: int | None = None,
+    backend: str = "auto",
 ) -> DispatchPlan:
     """Give every slot its row: experts in order, within an expert ascending by token, within a token by slot.
 
@@ -24,6 +25,8 @@ def plan(
         num_tokens: T >= 0.
         num_experts: E >= 1.
         slots_per_token: K if slot ``t * K + j`` belongs to token t, which saves a sort; else None.
+        backend: "hopper" is the kernels (an sm_90 GPU), "reference" is PyTorch anywhere, "auto" is the kernels where the device and the
+            sizes (up to 2**30) allow them, else PyTorch. The bits are the same.
 
     Returns:
         A DispatchPlan; types.py describes its fields and has the worked example of six slots. Nothing waits for the
@@ -58,16 +61,46 @@ def plan(
                 f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {token_index.shape[0]} slots, "
                 f"num_tokens is {num_tokens}"
             )
-    indices = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    check_backend(backend)
+    indices = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)
     return DispatchPlan(*indices, num_tokens, num_experts, slots_per_token)
 
 
 @operator("sonicmoe_dispatch::plan")
 def _plan(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+    token_index: torch.Tensor,
+    expert_index: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if debug.enabled():
         _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    if backend == "hopper" or (backend == "auto" and plan_hopper.supports(expert_index, num_tokens, num_experts)):
+        return plan_hopper.launch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    return _plan_torch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+
+
+@torch.library.register_fake("sonicmoe_dispatch::plan")
+def _(
+    token_index: torch.Tensor,
+    expert_index: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def indices(size: int) -> torch.Tensor:
+        return token_index.new_empty(size, dtype=torch.int32)
+
+    slots = token_index.shape[0]
+    return indices(num_experts + 1), indices(slots), indices(slots), indices(slots), indices(num_tokens + 1), indices(slots)
+
+
+def _plan_torch(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     expert = bucket(expert_index, num_experts)
     slot = torch.arange(expert.shape[0], dtype=torch.int32, device=expert.device)
     if slots_per_token is not None:
@@ -89,17 +122,6 @@ def _plan(
     row_to_token = torch.where(in_use, token[order].to(torch.int32), -1)
     slot_to_row = torch.empty_like(slot).scatter_(0, order, torch.where(in_use, slot, -1))
     return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
-
-
-@torch.library.register_fake("sonicmoe_dispatch::plan")
-def _(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    def indices(size: int) -> torch.Tensor:
-        return token_index.new_empty(size, dtype=torch.int32)
-
-    slots = token_index.shape[0]
-    return indices(num_experts + 1), indices(slots), indices(slots), indices(slots), indices(num_tokens + 1), indices(slots)
 
 
 def _offsets(buckets: torch.Tensor, size: int) -> torch.Tensor:

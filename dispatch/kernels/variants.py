@@ -10,7 +10,37 @@ def gather_sum(*, dtype: str, form: str, scored: bool) -> Variant:
     return Variant("dispatch.kernels.gather_sum", {"dtype": dtype, "form": form, "scored": scored})
 
 
+def place(*, index: str, ordered: bool, output: str) -> Variant:
+    """The variant of kernels/place.py: index int32 or int64; slots in sorted order or not; output order, rows or uniform."""
+    return Variant("dispatch.kernels.place", {"index": index, "ordered": ordered, "output": output})
+
+
+def count(*, index: str, form: str) -> Variant:
+    """The variant of kernels/count.py: index int32 or int64; form shared or global."""
+    return Variant("dispatch.kernels.count", {"index": index, "form": form})
+
+
+def keys(*, index: str, paired: bool) -> Variant:
+    """The variant of kernels/keys.py: index int32 or int64; with or without tokens."""
+    return Variant("dispatch.kernels.keys", {"index": index, "paired": paired})
+
+
+def bounds() -> Variant:
+    """kernels/bounds.py has one variant."""
+    return Variant("dispatch.kernels.bounds")
+
+
 def prebuilt_variants() -> list[Variant]:
-    """All twelve forms of gather_sum: 40 KB each, and all of them reachable from dispatch.gather_sum."""
-    choices = product(("bfloat16", "float16", "float32"), ("uniform", "csr"), (True, False))
-    return [gather_sum(dtype=dtype, form=form, scored=scored) for dtype, form, scored in choices]
+    """All that the package can reach, 40-60 KB each."""
+    sums = product(("bfloat16", "float16", "float32"), ("uniform", "csr"), (True, False))
+    dtypes = ("int32", "int64")
+    return [
+        *(gather_sum(dtype=dtype, form=form, scored=scored) for dtype, form, scored in sums),
+        *(count(index=index, form=form) for index, form in product(dtypes, ("shared", "global"))),
+        *(keys(index=index, paired=paired) for index, paired in product(dtypes, (True, False))),
+        bounds(),
+        # Only a plan's first pass reads the caller's ids; passes over sorted slots, and the tokens' passes, read int32 keys.
+        *(place(index=index, ordered=False, output="uniform") for index in dtypes),
+        place(index="int32", ordered=False, output="order"),
+        *(place(index="int32", ordered=True, output=output) for output in ("order", "rows", "uniform")),
+    ]

@@ -39,7 +39,7 @@ def test_operators_pass_the_checks_of_torch_library(slots_per_token: int | None)
     p = plan(token, expert, num_tokens=4, num_experts=5, slots_per_token=slots_per_token)
     rows, score = torch.randn(12, 8, requires_grad=True), torch.rand(12, requires_grad=True)
     operators = torch.ops.sonicmoe_dispatch
-    torch.library.opcheck(operators.count.default, (expert, 5))
+    torch.library.opcheck(operators.count_cumsum.default, (expert, 5))
     torch.library.opcheck(operators.plan.default, (token, expert, 4, 5, slots_per_token))
     indices = (p.slot_to_row, p.row_to_slot, p.row_to_token, p.token_offsets, p.token_slots, slots_per_token)
     torch.library.opcheck(operators.gather_sum.default, (rows, score, *indices))

@@ -29,7 +29,7 @@ def test_four_blocks_of_256_threads_fit_on_a_multiprocessor(resources):
 
 
 def test_every_form_is_built_beforehand_once():
-    names = [variant.name for variant in variants.prebuilt_variants()]
+    names = [variant.name for variant in variants.prebuilt_variants() if variant.kernel == "dispatch.kernels.gather_sum"]
     assert len(set(names)) == len(names) == 12
     assert "dispatch.gather_sum-dtype.bfloat16-form.uniform-scored.true" in names
 

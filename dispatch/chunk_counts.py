@@ -1,0 +1,33 @@
+"""Host side of what the counting kernels share (kernels/chunks.py): how many slots a block takes, and room for its counts."""
+
+import functools
+
+import torch
+
+from dispatch.kernels.sizes import TILE
+
+MAX_SIZE = 2**30
+"""Most slots, tokens or experts that the kernels take: a block past the end must not overflow an int32."""
+
+DTYPE_NAME = {torch.int32: "int32", torch.int64: "int64"}
+
+
+def chunks(slots: int, bins: int, device: torch.device) -> tuple[int, torch.Tensor]:
+    """Positions a chunk, and an uninitialised (chunks, S) int32, S >= bins a multiple of 4; slots >= 1.
+
+    At most one chunk a multiprocessor: every block of the second launch reads all counts.
+    """
+    length = -(-slots // (_multiprocessors(device) * TILE)) * TILE
+    return length, torch.empty(-(-slots // length), -(-bins // 4) * 4, dtype=torch.int32, device=device)
+
+
+def check_sizes(most: int = MAX_SIZE, **sizes: int) -> None:
+    """Refuse what the kernels do not take; sizes under the names that the messages use."""
+    for name, size in sizes.items():
+        if size > most:
+            raise ValueError(f"{name}={size}: must be at most {most} for the kernel")
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,100 @@
+"""The counting kernels without a GPU: built for sm_90a, read back, their passes replayed in numpy, and refused where they cannot run."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import cute_runtime
+from dispatch import count_cumsum, count_hopper, plan, plan_hopper
+from dispatch.chunk_counts import MAX_SIZE
+from dispatch.kernels import variants
+from dispatch.kernels.sizes import MAX_BINS, THREADS
+
+REGISTERS_PER_MULTIPROCESSOR = 65536
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """What the machine code of one variant of each kernel uses, by kernel."""
+    chosen = {
+        "place": variants.place(index="int64", ordered=False, output="uniform"),
+        "count": variants.count(index="int64", form="global"),
+        "keys": variants.keys(index="int64", paired=True),
+        "bounds": variants.bounds(),
+    }
+    out = tmp_path_factory.mktemp("out")
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.map(lambda variant: cute_runtime.read_resources(cute_runtime.build(variant, out)), chosen.values())
+        return dict(zip(chosen, built, strict=True))
+
+
+def test_kernels_keep_everything_in_registers(resources):
+    assert [len(functions) for functions in resources.values()] == [2, 2, 1, 1]
+    for function in (function for functions in resources.values() for function in functions):
+        assert not function.uses_local_memory, function
+
+
+@pytest.mark.parametrize("kernel", ["place", "count"])
+def test_second_launch_fits_beside_the_first(resources, kernel):
+    """It starts while the first drains, so a block of each must have registers on one multiprocessor."""
+    assert sum(function.registers for function in resources[kernel]) * THREADS <= REGISTERS_PER_MULTIPROCESSOR
+
+
+def test_every_form_is_built_beforehand_once():
+    names = [variant.name for variant in variants.prebuilt_variants()]
+    assert len(set(names)) == len(names) == 27
+    assert {"dispatch.bounds", "dispatch.place-index.int64-ordered.false-output.uniform"} < set(names)
+
+
+@pytest.mark.parametrize("size", [0, 1, 128, MAX_BINS - 1, MAX_BINS, 50_000, 4_000_000, MAX_SIZE])
+def test_stable_passes_by_digit_sort_whole_keys(size):
+    key = np.random.default_rng(size).integers(0, size + 1, 3000)
+    key[:2] = 0, size
+    order = np.arange(len(key))
+    for digit in plan_hopper.digits(size):
+        part = (key[order] >> digit.shift) & digit.mask
+        assert 0 <= part.min() <= part.max() < digit.bins <= MAX_BINS
+        order = order[np.argsort(part, kind="stable")]
+    np.testing.assert_array_equal(order, np.argsort(key, kind="stable"))
+
+
+def test_passes_are_as_few_as_the_bins_allow():
+    assert [len(plan_hopper.digits(size)) for size in (MAX_BINS - 1, MAX_BINS, 50_000, 2**20 - 1, 2**20)] == [1, 2, 2, 2, 3]
+
+
+def test_only_whole_keys_make_the_mask_reach_the_size():
+    """The place kernel writes the offsets where mask >= size, which must be where its bins are the keys."""
+    for size in (0, 1, MAX_BINS - 1, MAX_BINS, 50_000, MAX_SIZE):
+        passes = plan_hopper.digits(size)
+        assert all((digit.mask >= size) == (len(passes) == 1) for digit in passes)
+
+
+def test_cpu_tensors_are_refused():
+    ids = torch.tensor([0, 1])
+    message = "^" + re.escape("expert_index: device cpu: must be a GPU of compute capability 9.0 (sm_90)")
+    with pytest.raises(ValueError, match=message):
+        count_cumsum(ids, 2, backend="hopper")
+    with pytest.raises(ValueError, match=message):
+        plan(ids, ids, num_tokens=2, num_experts=2, backend="hopper")
+    assert not count_hopper.supports(ids, 2)
+    assert not plan_hopper.supports(ids, 2, 2)
+
+
+def test_sizes_beyond_the_kernels_are_refused():
+    ids = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"^num_experts={2**20 + 1}: must be at most {2**20} for the kernel$"):
+        count_cumsum(ids, 2**20 + 1, backend="hopper")
+    with pytest.raises(ValueError, match=f"^num_tokens={2**30 + 1}: must be at most {2**30} for the kernel$"):
+        plan(ids, ids, num_tokens=2**30 + 1, num_experts=2, backend="hopper")
+
+
+def test_unknown_backend_is_refused():
+    ids = torch.tensor([0, 1])
+    message = r"^backend='cuda': must be one of auto, hopper, reference$"
+    with pytest.raises(ValueError, match=message):
+        count_cumsum(ids, 2, backend="cuda")
+    with pytest.raises(ValueError, match=message):
+        plan(ids, ids, num_tokens=2, num_experts=2, backend="cuda")
