@@ -56,7 +56,7 @@ def routed_experts(
         ValueError, TypeError: an argument's shape, dtype, device or value, in one sentence, before any work.
     """
     validation.check_experts(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
-    options = _Options(activation, gate_up_layout, backends.resolve(backend, x.device))
+    options = _Options(activation, gate_up_layout, backends.resolve(backend, x.device, x.dtype))
     plan = dispatch.plan(
         routing.token_index,
         routing.expert_index,

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         activation=args.activation,
         bias=args.bias,
         gate_up_layout=args.layout,
-        backend=backends.resolve(args.backend, device),
+        backend=backends.resolve(args.backend, device, DTYPES[args.dtype]),
         seed=secrets.randbelow(2**31) if args.seed is None else args.seed,
     )
     benchmark.check(problem, test=not args.skip_test)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from sonicmoe.commands import tables
 
     device = devices.choose(args.device)
-    backend = backends.resolve(args.backend, device)
+    backend = backends.resolve(args.backend, device, DTYPES["bf16"])
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     problems = []
     for name, text in LOADS.items():

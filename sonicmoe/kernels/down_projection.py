@@ -19,14 +19,12 @@ from cutlass.cute.runtime import make_fake_stream
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
 from sonicmoe.kernels.fake import DTYPES, row_major
 from sonicmoe.kernels.grouped_gemm import GroupedGemm
-from sonicmoe.kernels.tiles import Tile
+from sonicmoe.kernels.tiles import TILES, Tile
 
 
 class DownProjection:
     def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], bias: bool) -> None:
-        self.epilogue = ProjectionEpilogue(
-            dtype=dtype, tile_n=tile.n, activation="identity", interleaved=False, store_z=False, bias=bias
-        )
+        self.epilogue = ProjectionEpilogue(dtype=dtype, tile_n=tile.n, activation="identity", interleaved=False, store_z=False, bias=bias)
         self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue)
 
     @cute.jit
@@ -48,9 +46,7 @@ class DownProjection:
         out = cute.make_tensor(y.iterator, cute.make_layout((y.shape[0], hidden, 1), stride=(y.stride[0], 1, hidden)))
         bias = None
         if const_expr(b_down is not None):
-            bias = cute.make_tensor(
-                b_down.iterator, cute.make_layout((hidden, 1, experts), stride=(1, hidden, b_down.stride[0]))
-            )
+            bias = cute.make_tensor(b_down.iterator, cute.make_layout((hidden, 1, experts), stride=(1, hidden, b_down.stride[0])))
         self.gemm.launch(
             a,
             None,
@@ -63,10 +59,9 @@ class DownProjection:
         )
 
 
-def trace(*, dtype: str, bias: bool, m: int, n: int, consumers: int, pingpong: bool, cluster: int, stages: int):
+def trace(*, dtype: str, bias: bool, tile: str):
     """The kernel of one variant and the arguments to compile it with, for cute_runtime."""
     element = DTYPES[dtype]
-    tile = Tile(m=m, n=n, consumers=consumers, pingpong=pingpong, cluster=cluster, stages=stages)
     rows, experts, offsets = (cute.sym_int() for _ in range(3))
     hidden, reduced = (cute.sym_int(divisibility=8) for _ in range(2))
     fake = (
@@ -78,4 +73,4 @@ def trace(*, dtype: str, bias: bool, m: int, n: int, consumers: int, pingpong: b
         Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return DownProjection(tile=tile, dtype=element, bias=bias), fake
+    return DownProjection(tile=TILES[tile], dtype=element, bias=bias), fake

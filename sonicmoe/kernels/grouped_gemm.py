@@ -2,17 +2,17 @@
 
 Roles of one block (a warpgroup is 4 warps)::
 
-    producers  warp 0  scheduler: walks the tiles, publishes records                     (scheduler.py)
-               warp 1  TMA: the tile of weights, multicast to the cluster; dense A as well
-               warps 2-3  gathered A: one row of x a lane group, 16 bytes a lane by cp.async; idle for dense A
+    producers  warp 0     walks the tiles and publishes records (scheduler.py); TMA: the tile of weights, multicast to the
+                          cluster, and a dense A
+               warps 1-3  gathered A: eight lanes a row, 16 bytes a lane by cp.async; idle for a dense A
     consumers  2 or 3 warpgroups: wgmma into registers, then the epilogue
 
 Barriers, all in shared memory, with the arrivals that complete a phase::
 
-    full[s]     1 (TMA warp, with the bytes it expects) + 64 (gathering lanes, when their copies have landed)
+    full[s]     1 (warp 0, with the bytes it expects) + 96 (gathering lanes, when their copies have landed)
     empty[s]    4 warps of each consumer that reads the stage, x cluster: a stage is refilled by both blocks' multicast,
                 so both blocks' consumers must have left it
-    record full 1 (scheduler), record empty: each warp that reads the record
+    record full 1 (warp 0), record empty: 3 gathering warps + 4 warps of each consumer of the tile
 
 Shared tiles by row (co): consumer w multiplies rows [64 w, 64 w + 64) of each block of 64 x consumers rows; a consumer whose
 64 rows are all beyond the expert's end only follows the barriers, so that a tail costs the tensor cores what it holds.
@@ -36,13 +36,11 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.scheduler import RECORD, publish_tiles, read_tile
+from sonicmoe.kernels.scheduler import RECORD, find_tile, first_window, next_slot, publish_tile, read_tile
 from sonicmoe.kernels.tiles import SCHEDULE_SLOTS, TILE_K, Tile
 
-SCHEDULER_WARP = 0
-TMA_WARP = 1
-GATHER_WARP = 2
-GATHER_WARPS = 2
+GATHER_WARPS = 3
+"""One cp.async of a warp (4 rows) took 53 cycles beside the tensor cores: 32 of them for 128 rows are too slow for one warp."""
 
 TURN_BARRIER = 4
 """Named barriers 4 and 5: the turn of consumer 0 and 1 under ping-pong."""
@@ -88,17 +86,16 @@ class GroupedGemm:
         layout_b = self._swizzled(tile.n)
         box_b = (tile.n // 2, TILE_K)
         load = cpasync.CopyBulkTensorTileG2SOp() if const_expr(tile.cluster == 1) else cpasync.CopyBulkTensorTileG2SMulticastOp()
-        tma_b, tensor_b = cpasync.make_tiled_tma_atom(
-            load, b, cute.slice_(self._swizzled(tile.n // 2), (None, None, 0)), box_b
-        )
+        tma_b, tensor_b = cpasync.make_tiled_tma_atom(load, b, cute.slice_(self._swizzled(tile.n // 2), (None, None, 0)), box_b)
         if const_expr(self.gather):
             tma_a, tensor_a = None, a
         else:
             tma_a, tensor_a = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileG2SOp(), a, cute.slice_(layout_a, (None, None, 0)), (tile.m, TILE_K)
             )
+        major = OperandMajorMode.K
         tiled_mma = hopper.make_trivial_tiled_mma(
-            self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (self.group_size, 1, 1), tiler_mn=(64, tile.instruction_n)
+            self.dtype, self.dtype, major, major, Float32, (self.group_size, 1, 1), tiler_mn=(64, tile.instruction_n)
         )
 
         @cute.struct
@@ -139,9 +136,7 @@ class GroupedGemm:
         epilogue_args: tuple,
     ):
         tile = self.tile
-        thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        lane = cute.arch.lane_idx()
         rank = Int32(0)
         if const_expr(tile.cluster > 1):
             rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
@@ -155,48 +150,31 @@ class GroupedGemm:
         shared_a = storage.a.get_tensor(layout_a.outer, swizzle=layout_a.inner)
         shared_b = storage.b.get_tensor(layout_b.outer, swizzle=layout_b.inner)
 
-        loaders = const_expr(1 + (GATHER_WARPS if self.gather else 0))  # warps that read records beside the consumers
-        if warp == SCHEDULER_WARP:
+        readers = const_expr(4 * self.group_size + (GATHER_WARPS if self.gather else 0))
+        if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(tile.stages):
                     cute.arch.mbarrier_init(full + s, const_expr(1 + (GATHER_WARPS * 32 if self.gather else 0)))
                     cute.arch.mbarrier_init(empty + s, const_expr(4 * self.group_size * tile.cluster))
                 for s in cutlass.range_constexpr(SCHEDULE_SLOTS):
                     cute.arch.mbarrier_init(record_full + s, 1)
-                    cute.arch.mbarrier_init(record_empty + s, const_expr(loaders + 4 * self.group_size))
+                    cute.arch.mbarrier_init(record_empty + s, readers)
             cute.arch.mbarrier_init_fence()
         self._meet()
 
-        k_tiles = cute.ceil_div(a.shape[1], TILE_K)
         if warp < 4:
-            cute.arch.setmaxregister_decrease(tile.registers[0])
-            if warp == SCHEDULER_WARP:
-                block, _, _ = cute.arch.block_idx()
-                grid, _, _ = cute.arch.grid_dim()
-                publish_tiles(
-                    offsets,
-                    records,
-                    record_full,
-                    record_empty,
-                    column_tiles,
-                    rank,
-                    block // tile.cluster,
-                    grid // tile.cluster,
-                    tile.m,
-                    tile.cluster,
-                    SCHEDULE_SLOTS,
-                    2 if tile.pingpong else 1,
-                )
-            elif warp == TMA_WARP:
+            cute.arch.setmaxregister_decrease(tile.registers(gather=self.gather)[0])
+            if warp == 0:
                 if const_expr(not self.gather):
                     cpasync.prefetch_descriptor(tma_a)
                 cpasync.prefetch_descriptor(tma_b)
-                self._load(tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, k_tiles, rank)
-            else:
-                if const_expr(self.gather):
-                    self._gather(a, row_token, storage.a.data_ptr(), full, empty, records, record_full, record_empty, k_tiles)
+                self._load(
+                    tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, rank, offsets, column_tiles
+                )
+            elif const_expr(self.gather):
+                self._gather(a, row_token, storage.a.data_ptr(), full, empty, records, record_full, record_empty, warp - 1)
         else:
-            cute.arch.setmaxregister_increase(tile.registers[1])
+            cute.arch.setmaxregister_increase(tile.registers(gather=self.gather)[1])
             self._consume(
                 tiled_mma,
                 shared_a,
@@ -206,7 +184,7 @@ class GroupedGemm:
                 records,
                 record_full,
                 record_empty,
-                k_tiles,
+                cute.ceil_div(a.shape[1], TILE_K),
                 warp // 4 - 1,
                 storage.staging.data_ptr(),
                 epilogue_args,
@@ -224,15 +202,23 @@ class GroupedGemm:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, k_tiles, rank):
-        """The TMA warp: the boxes of B and, for a dense A, its rows."""
+    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, rank, offsets, column_tiles):
+        """Warp 0: publishes each tile's record, one tile ahead, and loads the boxes of B and, for a dense A, its rows."""
         tile = self.tile
+        block, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        wanted = block // tile.cluster
+        clusters = grid // tile.cluster
+        k_tiles = cute.ceil_div(a.shape[1], TILE_K)
         one = cute.make_layout(1)
         stage = Int32(0)
         phase = Int32(0)
-        count = Int32(0)
-        expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
-        while expert >= 0:
+        slot = Int32(0)
+        lap = Int32(0)
+        walk, record = find_tile(first_window(), wanted, offsets, column_tiles, rank, tile.m, tile.cluster)
+        publish_tile(record, records, record_full, record_empty, slot, lap)
+        while record[0] >= 0:
+            expert, row, row_end, column = record
             boxes = []
             for i in cutlass.range_constexpr(2 // tile.cluster):
                 half = rank if const_expr(tile.cluster > 1) else i
@@ -265,56 +251,73 @@ class GroupedGemm:
                 if stage == tile.stages:
                     stage = Int32(0)
                     phase ^= 1
-            count += 1
-            expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
+                if k == 0:
+                    # Behind the first loads of this tile, where it delays none.
+                    wanted += clusters
+                    slot, lap = next_slot(slot, lap, 1)
+                    walk, record = find_tile(walk, wanted, offsets, column_tiles, rank, tile.m, tile.cluster)
+                    publish_tile(record, records, record_full, record_empty, slot, lap)
+        if const_expr(tile.pingpong):
+            slot, lap = next_slot(slot, lap, 1)
+            publish_tile(record, records, record_full, record_empty, slot, lap)
 
     @cute.jit
-    def _gather(self, a, row_token, shared_a, full, empty, records, record_full, record_empty, k_tiles):
-        """Two warps, each half of the tile's rows: eight lanes a row and pass, so that 128 bytes of a row are one transaction.
-
-        Lane l keeps where rows l, l + 32, ... of its warp's half begin, in units of 16 bytes; -1 for a row beyond the end.
-        """
+    def _gather(self, a, row_token, shared_a, full, empty, records, record_full, record_empty, warp: Int32):
+        """Warps 1-3: passes of 4 rows in turn, eight lanes a row, so that 128 bytes of a row are one transaction."""
         tile = self.tile
-        rows = const_expr(tile.m // GATHER_WARPS)
-        held = const_expr((rows + 31) // 32)
-        lane = cute.arch.lane_idx()
-        my_rows = (cute.arch.make_warp_uniform(cute.arch.warp_idx()) - GATHER_WARP) * rows
-        piece = lane % 8
+        passes = const_expr(tile.m // 4)
+        turns = const_expr((passes + GATHER_WARPS - 1) // GATHER_WARPS)  # of each warp; the last one only of the first warps
+        stride = const_expr(GATHER_WARPS * 4 * TILE_K * 2)  # bytes from a warp's pass to its next
+        line = warp * 4 + cute.arch.lane_idx() // 8
+        piece = cute.arch.lane_idx() % 8
         columns = a.shape[1]
-        base = shared_a.toint() + my_rows * (TILE_K * 2)
-        source = a.iterator.toint()
-        begins = cute.make_rmem_tensor((held,), Int32)
+        k_tiles = cute.ceil_div(columns, TILE_K)
+        first = shared_a.toint() + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
+        inside = cute.ceil_div(columns - piece * 8, TILE_K)  # k tiles in which this lane's piece is not beyond the last column
+        begins = cute.make_rmem_tensor((turns,), Int32)  # where this lane's pieces of its rows begin, in units of 16 bytes
 
         stage = Int32(0)
         phase = Int32(0)
-        count = Int32(0)
-        expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
+        slot = Int32(0)
+        lap = Int32(0)
+        expert, row, row_end, _ = read_tile(records, record_full, record_empty, slot, lap)
         while expert >= 0:
-            for i in cutlass.range_constexpr(held):
-                mine = row + my_rows + i * 32 + lane
+            for i in cutlass.range_constexpr(turns):
+                mine = row + (cute.arch.thread_idx()[0] // 8 - 4) + i * (GATHER_WARPS * 4)
                 begins[i] = Int32(-1)
                 if mine < row_end:
-                    begins[i] = row_token[mine] * (columns // 8)
+                    begins[i] = row_token[mine] * (columns // 8) + piece
+            whole = row + tile.m <= row_end
             for k in cutlass.range(k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-                at = base + stage * (tile.m * TILE_K * 2)
-                first = k * TILE_K + piece * 8
-                for step in cutlass.range_constexpr(rows // 4):
-                    begin = cute.arch.shuffle_sync(begins[step * 4 // 32], step * 4 % 32 + lane // 8)
-                    line = step * 4 + lane // 8
-                    inside = (begin >= 0) & (first < columns)
-                    wanted = Int32(16) if inside else Int32(0)
-                    offset = begin + k * (TILE_K // 8) + piece if inside else Int32(0)
-                    ptx.copy_16_bytes_async(
-                        at + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16), source + Int64(offset) * 16, wanted
-                    )
+                source = a.iterator.toint()
+                wanted = Int32(0)
+                if k < inside:
+                    source += Int64(k) * (TILE_K * 2)
+                    wanted = Int32(16)
+                # A warp's rows are 12 apart, so the swizzle of a lane takes two values in turn.
+                even = first + stage * (tile.m * TILE_K * 2)
+                odd = even ^ 64
+                if whole:
+                    for i in cutlass.range_constexpr(passes // GATHER_WARPS):
+                        at = (odd if const_expr(i % 2) else even) + const_expr(i * stride)
+                        ptx.copy_16_bytes_async(at, source + Int64(begins[i]) * 16, wanted)
+                    if const_expr(passes % GATHER_WARPS > 0):
+                        if warp < const_expr(passes % GATHER_WARPS):
+                            at = (odd if const_expr(turns % 2 == 0) else even) + const_expr((turns - 1) * stride)
+                            ptx.copy_16_bytes_async(at, source + Int64(begins[turns - 1]) * 16, wanted)
+                else:
+                    for i in cutlass.range_constexpr(turns):
+                        at = (odd if const_expr(i % 2) else even) + const_expr(i * stride)
+                        if begins[i] >= 0:
+                            ptx.copy_16_bytes_async(at, source + Int64(begins[i]) * 16, wanted)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
                 stage += 1
                 if stage == tile.stages:
                     stage = Int32(0)
                     phase ^= 1
-            count += 1
-            expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
+            slot, lap = next_slot(slot, lap, 1)
+            expert, row, row_end, _ = read_tile(records, record_full, record_empty, slot, lap)
 
     @cute.jit
     def _consume(
@@ -342,14 +345,15 @@ class GroupedGemm:
 
         stage = Int32(0)
         phase = Int32(0)
-        count = Int32(0)
+        slot = Int32(0)
+        lap = Int32(0)
         step = const_expr(2 if tile.pingpong else 1)
         if const_expr(tile.pingpong):
-            count = consumer
+            slot = consumer
             stage, phase = self._skip(stage, phase, k_tiles * consumer)
             if consumer == 1:
                 self._pass_turn(consumer)
-        expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
+        expert, row, row_end, column = read_tile(records, record_full, record_empty, slot, lap)
         while expert >= 0:
             my_row = row + place * 64
             if const_expr(tile.pingpong):
@@ -361,15 +365,13 @@ class GroupedGemm:
                 for block in cutlass.range_constexpr(self.row_blocks):
                     block_row = my_row + block * (64 * self.group_size)
                     if block_row < row_end:
-                        self.epilogue.store(
-                            accumulators, block, epilogue_args, expert, block_row, row_end, column, my_staging, consumer
-                        )
+                        self.epilogue.store(accumulators, block, epilogue_args, expert, block_row, row_end, column, my_staging, consumer)
             else:
                 stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer)
             if const_expr(tile.pingpong):
                 stage, phase = self._skip(stage, phase, k_tiles)
-            count += step
-            expert, row, row_end, column = read_tile(records, record_full, record_empty, count, SCHEDULE_SLOTS)
+            slot, lap = next_slot(slot, lap, step)
+            expert, row, row_end, column = read_tile(records, record_full, record_empty, slot, lap)
         self.epilogue.finish(consumer)
 
     @cute.jit
@@ -395,7 +397,12 @@ class GroupedGemm:
     def _multiply(
         self, tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32
     ):
-        """All k tiles into the accumulators; one stage of wgmma stays in flight while the next is waited for."""
+        """All k tiles into the accumulators.
+
+        Consumers that share a tile keep the tensor cores busy for each other, so each gives a stage back as soon as it is done with
+        it; alone (ping-pong), a consumer queues the next stage behind the one that runs.
+        """
+        queued = const_expr(1 if self.tile.pingpong else 0)
         previous = stage
         for k in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
@@ -409,8 +416,10 @@ class GroupedGemm:
                 cute.gemm(mma, accumulators, fragments_a[None, None, i, stage], fragments_b[None, None, i, stage], accumulators)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
-            if k > 0:
-                warpgroup.wait_group(1)
+            warpgroup.wait_group(queued)
+            if const_expr(queued == 0):
+                self._release(empty, stage)
+            elif k > 0:
                 self._release(empty, previous)
             previous = stage
             stage += 1
@@ -419,8 +428,8 @@ class GroupedGemm:
                 phase ^= 1
         if const_expr(self.tile.pingpong):
             self._pass_turn(consumer)
-        warpgroup.wait_group(0)
-        self._release(empty, previous)
+            warpgroup.wait_group(0)
+            self._release(empty, previous)
         return stage, phase
 
     @cute.jit

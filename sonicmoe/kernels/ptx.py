@@ -37,3 +37,16 @@ def pack(dtype: type[cutlass.Numeric], low: Float32, high: Float32) -> Uint32:
     """Two values rounded to the nearest of ``dtype`` (16 bits), the first in the low half."""
     suffix = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
     return cute.arch.inline_ptx(f"cvt.rn.{suffix}.f32 {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Uint32], read_only_args=[high, low])
+
+
+def load_pair(dtype: type[cutlass.Numeric], address: Int64) -> tuple[Float32, Float32]:
+    """Two neighbouring values of ``dtype`` (16 bits) from global memory that nobody writes meanwhile."""
+    if dtype is cutlass.BFloat16:
+        split = "shl.b32 {$w0}, pair, 16; and.b32 {$w1}, pair, 0xffff0000;"
+    else:
+        split = ".reg .b16 low, high; mov.b32 {low, high}, pair; cvt.f32.f16 {$w0}, low; cvt.f32.f16 {$w1}, high;"
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 pair; ld.global.nc.b32 pair, [{$r0}]; " + split + " }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[address],
+    )

@@ -19,13 +19,11 @@ from cutlass.cute.runtime import make_fake_stream
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
 from sonicmoe.kernels.fake import DTYPES, row_major
 from sonicmoe.kernels.grouped_gemm import GroupedGemm
-from sonicmoe.kernels.tiles import Tile
+from sonicmoe.kernels.tiles import TILES, Tile
 
 
 class UpProjection:
-    def __init__(
-        self, *, tile: Tile, dtype: type[cutlass.Numeric], activation: str, interleaved: bool, store_z: bool, bias: bool
-    ) -> None:
+    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], activation: str, interleaved: bool, store_z: bool, bias: bool) -> None:
         self.epilogue = ProjectionEpilogue(
             dtype=dtype, tile_n=tile.n, activation=activation, interleaved=interleaved, store_z=store_z, bias=bias
         )
@@ -62,9 +60,7 @@ class UpProjection:
         if const_expr(z is not None):
             z_parts = const_expr(1 if interleaved else parts)
             z_columns = rows // z_parts
-            pre = cute.make_tensor(
-                z.iterator, cute.make_layout((z.shape[0], z_columns, z_parts), stride=(z.stride[0], 1, z_columns))
-            )
+            pre = cute.make_tensor(z.iterator, cute.make_layout((z.shape[0], z_columns, z_parts), stride=(z.stride[0], 1, z_columns)))
         bias = None
         if const_expr(b_up is not None):
             bias = cute.make_tensor(
@@ -93,19 +89,11 @@ def trace(
     interleaved: bool,
     store_z: bool,
     bias: bool,
-    m: int,
-    n: int,
-    consumers: int,
-    pingpong: bool,
-    cluster: int,
-    stages: int,
+    tile: str,
 ):
     """The kernel of one variant and the arguments to compile it with, for cute_runtime."""
     element = DTYPES[dtype]
-    tile = Tile(m=m, n=n, consumers=consumers, pingpong=pingpong, cluster=cluster, stages=stages)
-    kernel = UpProjection(
-        tile=tile, dtype=element, activation=activation, interleaved=interleaved, store_z=store_z, bias=bias
-    )
+    kernel = UpProjection(tile=TILES[tile], dtype=element, activation=activation, interleaved=interleaved, store_z=store_z, bias=bias)
 
     tokens, rows, experts, offsets = (cute.sym_int() for _ in range(4))
     hidden, columns, z_columns = (cute.sym_int(divisibility=8) for _ in range(3))

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -7,31 +9,38 @@ CPU = torch.device("cpu")
 
 
 def test_reference_and_auto_run_everywhere():
-    assert backends.resolve("reference", CPU) == "reference"
-    assert backends.resolve("auto", CPU) == "reference"
+    assert backends.resolve("reference", CPU, torch.bfloat16) == "reference"
+    assert backends.resolve("auto", CPU, torch.bfloat16) == "reference"
     assert backends.load("reference").__name__ == "sonicmoe.backends.reference"
 
 
-def test_hopper_is_refused_without_its_kernels(monkeypatch):
-    monkeypatch.setattr(backends, "_HOPPER_EXISTS", False)
-    with pytest.raises(ValueError, match=r'^backend="hopper": this version has no Hopper kernels yet, must be "auto" or "reference"$'):
-        backends.resolve("hopper", CPU)
-
-
-def test_hopper_is_refused_off_the_gpu_and_auto_is_not(monkeypatch):
-    monkeypatch.setattr(backends, "_HOPPER_EXISTS", True)
+def test_hopper_is_refused_off_the_gpu():
     with pytest.raises(ValueError, match=r'^backend="hopper": the tensors are on cpu, must be an sm_90 GPU$'):
-        backends.resolve("hopper", CPU)
-    assert backends.resolve("auto", CPU) == "reference"
+        backends.resolve("hopper", CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "hopper"), ((8, 0), "reference"), ((10, 0), "reference")])
 def test_auto_takes_hopper_on_sm_90_only(monkeypatch, capability, chosen):
-    monkeypatch.setattr(backends, "_HOPPER_EXISTS", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert backends.resolve("auto", torch.device("cuda:0")) == chosen
+    assert backends.resolve("auto", torch.device("cuda:0"), torch.float16) == chosen
+
+
+def test_float32_runs_on_the_reference_and_is_refused_by_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends.resolve("auto", torch.device("cuda:0"), torch.float32) == "reference"
+    with pytest.raises(ValueError, match=r'^backend="hopper": the tensors are torch.float32, must be bfloat16 or float16$'):
+        backends.resolve("hopper", torch.device("cuda:0"), torch.float32)
 
 
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"^backend='cuda': must be one of auto, hopper, reference$"):
-        backends.resolve("cuda", CPU)
+        backends.resolve("cuda", CPU, torch.bfloat16)
+
+
+def test_hopper_serves_the_operations_of_the_reference():
+    hopper, reference = backends.load("hopper"), backends.load("reference")
+    operations = [name for name, value in vars(reference).items() if inspect.isfunction(value) and value.__module__ == reference.__name__]
+    public = [name for name in operations if not name.startswith("_")]
+    assert len(public) == 6
+    for name in public:
+        assert inspect.signature(getattr(hopper, name)) == inspect.signature(getattr(reference, name))
