@@ -12,13 +12,14 @@ MAX_SIZE = 2**30
 DTYPE_NAME = {torch.int32: "int32", torch.int64: "int64"}
 
 
-def chunks(slots: int, bins: int, device: torch.device) -> tuple[int, torch.Tensor]:
-    """Positions a chunk, and an uninitialised (chunks, S) int32, S >= bins a multiple of 4; slots >= 1.
+def chunks(key: torch.Tensor, bins: int) -> tuple[int, torch.Tensor]:
+    """Positions a chunk of ``key`` (R,), R >= 1, and an uninitialised (chunks, S) int32 beside it, S >= bins a multiple of 4.
 
     At most one chunk a multiprocessor: every block of the second launch reads all counts.
     """
-    length = -(-slots // (_multiprocessors(device) * TILE)) * TILE
-    return length, torch.empty(-(-slots // length), -(-bins // 4) * 4, dtype=torch.int32, device=device)
+    slots = key.shape[0]
+    length = -(-slots // (_multiprocessors(key.device) * TILE)) * TILE
+    return length, key.new_empty(-(-slots // length), -(-bins // 4) * 4, dtype=torch.int32)
 
 
 def check_sizes(most: int = MAX_SIZE, **sizes: int) -> None:

@@ -39,7 +39,7 @@ def launch(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     with torch.cuda.device(expert_index.device):
         if num_experts < MAX_BINS:
             count = torch.empty_like(cumsum)
-            length, counts = chunks(slots, num_experts + 1, expert_index.device)
+            length, counts = chunks(expert_index, num_experts + 1)
             _kernel(index, "shared")(expert_index, counts, count, cumsum, length)
         else:
             count = torch.zeros_like(cumsum)

@@ -80,8 +80,9 @@ def _plan_uniform(expert_index: torch.Tensor, num_tokens: int, num_experts: int,
         key = _like(expert_index)
         _load_keys(expert_index.dtype, False)(None, expert_index, None, key, num_tokens, num_experts)
         order = _sorted_slots(key, None, num_experts, low_digits)
-    offsets, token_offsets = _vector(num_experts + 1, key), _vector(num_tokens + 1, key)
     row_to_slot, row_to_token, slot_to_row, token_slots = (_like(key) for _ in range(4))
+    # Without a dtype, of an int32 tensor: half the host time.
+    offsets, token_offsets = row_to_slot.new_empty(num_experts + 1), row_to_slot.new_empty(num_tokens + 1)
     rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
     _place("uniform", key, order, last, num_experts, None, None, *rows, slots_per_token)
     if low_digits:
@@ -95,12 +96,12 @@ def _plan_any(token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens:
     token_key, expert_key = _like(token_index), _like(expert_index)
     _load_keys(expert_index.dtype, True)(token_index, expert_index, token_key, expert_key, num_tokens, num_experts)
     token_slots = _sorted_slots(token_key, None, num_tokens, digits(num_tokens))
-    token_offsets = _vector(num_tokens + 1, token_key)
+    token_offsets = token_key.new_empty(num_tokens + 1)
     _load_bounds()(token_key, token_slots, token_offsets)
 
     *low_digits, last = digits(num_experts)
     order = _sorted_slots(expert_key, token_slots, num_experts, low_digits)
-    offsets = _vector(num_experts + 1, expert_key)
+    offsets = expert_key.new_empty(num_experts + 1)
     row_to_slot, row_to_token, slot_to_row = (_like(expert_key) for _ in range(3))
     rows = (offsets, row_to_slot, row_to_token, slot_to_row, None, None)
     _place("rows", expert_key, order, last, num_experts, token_key, None, *rows, 0)
@@ -130,17 +131,13 @@ def _place(
 ) -> None:
     """One stable pass: two launches."""
     *rows, slots_per_token = rows_and_slots_per_token
-    length, counts = chunks(key.shape[0], digit.bins, key.device)
+    length, counts = chunks(key, digit.bins)
     kernel = _load_place(key.dtype, order is not None, output)
     kernel(key, order, counts, token_key, order_out, *rows, length, size, digit.shift, digit.mask, slots_per_token)
 
 
-def _vector(count: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(count, dtype=torch.int32, device=like.device)
-
-
 def _like(slots: torch.Tensor) -> torch.Tensor:
-    return torch.empty(slots.shape[0], dtype=torch.int32, device=slots.device)
+    return torch.empty_like(slots, dtype=torch.int32)
 
 
 @functools.cache

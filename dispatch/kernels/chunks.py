@@ -61,7 +61,7 @@ def sum_chunks(counts: cute.Tensor, chunk: cutlass.Int32, scratch: cute.Tensor, 
     """Per bin, the sum of ``counts`` (C, S) over the chunks before ``chunk`` and over all of them, into shared memory (MAX_BINS,).
 
     S is a multiple of 4: a thread reads 16 bytes of a row at a time, and groups of threads take the rows in turns.
-    ``scratch`` (2, TILE) is shared memory for the groups' sums.
+    ``scratch`` (2, 4 * THREADS) is shared memory for the groups' sums.
     """
     thread, _, _ = cute.arch.thread_idx()
     chunks, stride = counts.shape

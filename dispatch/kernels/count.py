@@ -27,7 +27,8 @@ _ELEMENT = {"int32": cutlass.Int32, "int64": cutlass.Int64}
 def _finish_kernel(counts: cute.Tensor, count: cute.Tensor, cumsum: cute.Tensor):
     thread, _, _ = cute.arch.thread_idx()
     allocator = cutlass.utils.SmemAllocator()
-    scratch = allocator.allocate_tensor(cutlass.Int32, cute.make_layout((2, TILE), stride=(TILE, 1)), byte_alignment=16)
+    groups_sums = cute.make_layout((2, 4 * THREADS), stride=(4 * THREADS, 1))
+    scratch = allocator.allocate_tensor(cutlass.Int32, groups_sums, byte_alignment=16)
     first, before, total = (allocator.allocate_tensor(cutlass.Int32, cute.make_layout((MAX_BINS,)), byte_alignment=16) for _ in range(3))
     warp_sums = allocator.allocate_tensor(cutlass.Int32, cute.make_layout((WARPS,)), byte_alignment=16)
     cute.arch.griddepcontrol_wait()

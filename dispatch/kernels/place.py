@@ -130,7 +130,7 @@ def _place_kernel(
 
     cute.arch.griddepcontrol_wait()
     # The groups' sums lie where the warps' rows will: the two are not in use at once.
-    scratch = cute.make_tensor(warp_rows.iterator, cute.make_layout((2, TILE), stride=(TILE, 1)))
+    scratch = cute.make_tensor(warp_rows.iterator, cute.make_layout((2, 4 * THREADS), stride=(4 * THREADS, 1)))
     before, total = tile_first, tile_count  # likewise
     sum_chunks(counts, chunk, scratch, before, total)
     scan_bins(total, base, stride, warp_sums)
