@@ -2,7 +2,9 @@
 
 import torch
 
-from routing.scoring import check_choice, check_logits, choose, expert_scores, finite, renormalized
+from routing import hopper
+from routing.scoring import check_choice, check_finite, check_logits, choose, expert_scores, finite, renormalized
+from routing.top_k_hopper import top_k_hopper
 from routing.types import Routing
 
 
@@ -19,6 +21,8 @@ def top_k(
     group_score: str = "top2",
 ) -> Routing:
     """Route each token to its k best experts.
+
+    One kernel computes it on an sm_90 GPU, within the limits of :func:`routing.hopper.supports`; PyTorch elsewhere.
 
     Args:
         logits: (T, E) floating point. Scores are computed in float32, in float64 for float64 logits.
@@ -51,6 +55,10 @@ def top_k(
     check_logits(logits, selection_bias)
     num_tokens, num_experts = logits.shape
     check_choice(num_experts, k, scoring, scale, num_groups, groups_per_token, group_score)
+    check_finite(logits)
+    if hopper.supports(logits, k, groups_per_token):
+        settings = (k, scoring, renormalize, scale, num_groups, groups_per_token, group_score)
+        return Routing(*top_k_hopper(logits, selection_bias, *settings), num_tokens, num_experts, k)
     logits = finite(logits)
     expert_index = choose(
         logits,

@@ -8,7 +8,11 @@ import math
 import torch
 
 from dispatch import count_cumsum
-from routing.scoring import check_choice, check_logits, choose, expert_scores, finite, largest, renormalized
+from routing import hopper
+from routing.rounding_hopper import rounded_slots
+from routing.scores_hopper import slot_scores
+from routing.scoring import check_choice, check_finite, check_logits, choose, expert_scores, finite, largest, renormalized
+from routing.top_k_hopper import top_k_hopper
 from routing.types import Routing
 
 MODES = ("nearest", "up", "down", "stochastic", "balanced")
@@ -43,6 +47,9 @@ def token_rounding(
     - "balanced": errors are carried from expert to expert, N_e = tile_m * (round(S_e / tile_m) - round(S_{e-1} / tile_m)) with
       S_e = C_0 + ... + C_e and halves up, so that the total stays within tile_m / 2 of T * K.
 
+    On an sm_90 GPU kernels compute it, within the limits of :func:`routing.hopper.supports`; PyTorch elsewhere. Scores that differ in
+    their last bits only may rank differently on another device.
+
     In each |N_e - C_e| < tile_m. No expert can have more than T tokens: one that would need more to round up rounds down in
     every mode. Such experts are left out of "balanced"'s sums, whose promise then holds for the others, and of "stochastic"'s.
     With T < tile_m that is every expert, and all rows are dropped.
@@ -73,9 +80,18 @@ def token_rounding(
         expert_index = [0, 0, 1, 0, 1, 0]      (token 1 is the likeliest of 0, 1, 2 to go to expert 1)
     """
     check_logits(logits, selection_bias)
-    num_experts = logits.shape[1]
+    num_tokens, num_experts = logits.shape
     check_choice(num_experts, k, scoring, scale, num_groups, groups_per_token, group_score)
     check_rounding(tile_m, mode)
+    check_finite(logits)
+    if hopper.supports(logits, k, groups_per_token):
+        logits = logits.float()
+        groups = (num_groups, groups_per_token, group_score)
+        token_index, expert_index, token_offsets = _round_hopper(
+            logits.detach(), selection_bias, k, tile_m, mode, scoring, groups, generator
+        )
+        score = slot_scores(logits, expert_index, token_offsets, scoring, renormalize, scale)
+        return Routing(token_index, expert_index, score, num_tokens, num_experts, None)
     logits = finite(logits)
     scores = expert_scores(logits, scoring)
     chosen = choose(
@@ -89,7 +105,7 @@ def token_rounding(
     )
     token_index, expert_index = _round(scores.detach(), chosen, tile_m, mode, generator)
     score = _final_scores(logits, scores, token_index, expert_index, scoring, renormalize) * scale
-    return Routing(token_index, expert_index, score, logits.shape[0], num_experts, None)
+    return Routing(token_index, expert_index, score, num_tokens, num_experts, None)
 
 
 def check_rounding(tile_m: int, mode: str) -> None:
@@ -128,8 +144,7 @@ def rounded_counts(counts: torch.Tensor, num_tokens: int, tile_m: int, mode: str
     elif mode == "nearest":
         rises = 2 * excess >= tile_m
     elif mode == "stochastic":
-        # Not torch.rand: given a generator, even None, it takes no symbolic shape under torch.compile.
-        rises = torch.empty_like(counts, dtype=torch.float32).uniform_(generator=generator) * tile_m < excess
+        rises = _draws(counts, generator) * tile_m < excess
     else:
         # Whole tiles do not change the differences of the rounded sums, so the sums of the excesses will do.
         excess = torch.where(can_rise, excess, 0)
@@ -138,9 +153,34 @@ def rounded_counts(counts: torch.Tensor, num_tokens: int, tile_m: int, mode: str
     return below + torch.where(rises & can_rise, tile_m, 0)
 
 
+def _draws(counts: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """(E,) float32, uniform in [0, 1)."""
+    # Not torch.rand: given a generator, even None, it takes no symbolic shape under torch.compile.
+    return torch.empty_like(counts, dtype=torch.float32).uniform_(generator=generator)
+
+
 def _most_added(tile_m: int, mode: str) -> int:
     """How many rows an expert can gain."""
     return {"down": 0, "nearest": tile_m // 2}.get(mode, tile_m - 1)
+
+
+def _round_hopper(
+    logits: torch.Tensor,
+    selection_bias: torch.Tensor | None,
+    k: int,
+    tile_m: int,
+    mode: str,
+    scoring: str,
+    groups: tuple[int, int, str],
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """token_index and expert_index of the final slots and where each token's begin, by the kernels."""
+    num_tokens, num_experts = logits.shape
+    _, chosen, _ = top_k_hopper(logits, selection_bias, k, scoring, False, 1.0, *groups)
+    counts, _ = count_cumsum(chosen, num_experts, cumsum=False)
+    draws = _draws(counts, generator) if mode == "stochastic" else None
+    num_slots = capacity(num_tokens, num_experts, k, tile_m, mode)
+    return rounded_slots(logits, chosen, counts, draws, num_slots, tile_m, mode, scoring)
 
 
 @torch.no_grad()

@@ -58,10 +58,14 @@ def check_logits(logits: torch.Tensor, selection_bias: torch.Tensor | None = Non
             raise ValueError(f"selection_bias: device {selection_bias.device}: must be the logits' device {logits.device}")
 
 
-def finite(logits: torch.Tensor) -> torch.Tensor:
-    """The logits in float32 (float64 for float64), non-finite values replaced as the module's docstring says."""
+def check_finite(logits: torch.Tensor) -> None:
+    """Under the debug switch, refuse logits that are not finite."""
     if debug.enabled():
         debug.check_values(torch.isfinite(logits.detach()), "logits: must be finite, some are NaN or infinite")
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """The logits in float32 (float64 for float64), non-finite values replaced as the module's docstring says."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     limits = torch.finfo(torch.float32)

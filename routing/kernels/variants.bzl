@@ -1,0 +1,56 @@
+"""Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel."""
+
+VARIANTS = {
+    "rounding_keys": [
+        "routing.rounding_keys-scoring.sigmoid",
+        "routing.rounding_keys-scoring.softmax",
+    ],
+    "rounding_select": [
+        "routing.rounding_select-mode.balanced",
+        "routing.rounding_select-mode.down",
+        "routing.rounding_select-mode.nearest",
+        "routing.rounding_select-mode.stochastic",
+        "routing.rounding_select-mode.up",
+    ],
+    "rounding_slots": [
+        "routing.rounding_slots-step.count",
+        "routing.rounding_slots-step.write",
+    ],
+    "slot_scores": [
+        "routing.slot_scores-scoring.sigmoid",
+        "routing.slot_scores-scoring.softmax",
+        "routing.slot_scores-scoring.softmax_topk",
+    ],
+    "slot_scores_grad": [
+        "routing.slot_scores_grad-dtype.bfloat16-form.uniform-scoring.sigmoid",
+        "routing.slot_scores_grad-dtype.bfloat16-form.uniform-scoring.softmax",
+        "routing.slot_scores_grad-dtype.bfloat16-form.uniform-scoring.softmax_topk",
+        "routing.slot_scores_grad-dtype.float16-form.uniform-scoring.sigmoid",
+        "routing.slot_scores_grad-dtype.float16-form.uniform-scoring.softmax",
+        "routing.slot_scores_grad-dtype.float16-form.uniform-scoring.softmax_topk",
+        "routing.slot_scores_grad-dtype.float32-form.csr-scoring.sigmoid",
+        "routing.slot_scores_grad-dtype.float32-form.csr-scoring.softmax",
+        "routing.slot_scores_grad-dtype.float32-form.csr-scoring.softmax_topk",
+        "routing.slot_scores_grad-dtype.float32-form.uniform-scoring.sigmoid",
+        "routing.slot_scores_grad-dtype.float32-form.uniform-scoring.softmax",
+        "routing.slot_scores_grad-dtype.float32-form.uniform-scoring.softmax_topk",
+    ],
+    "top_k": [
+        "routing.top_k-by.bias-dtype.bfloat16-scoring.sigmoid",
+        "routing.top_k-by.bias-dtype.float16-scoring.sigmoid",
+        "routing.top_k-by.bias-dtype.float32-scoring.sigmoid",
+        "routing.top_k-by.bias-dtype.float32-scoring.softmax",
+        "routing.top_k-by.bias-dtype.float32-scoring.softmax_topk",
+        "routing.top_k-by.logit-dtype.bfloat16-scoring.sigmoid",
+        "routing.top_k-by.logit-dtype.bfloat16-scoring.softmax",
+        "routing.top_k-by.logit-dtype.bfloat16-scoring.softmax_topk",
+        "routing.top_k-by.logit-dtype.float16-scoring.sigmoid",
+        "routing.top_k-by.logit-dtype.float16-scoring.softmax",
+        "routing.top_k-by.logit-dtype.float16-scoring.softmax_topk",
+        "routing.top_k-by.logit-dtype.float32-scoring.sigmoid",
+        "routing.top_k-by.logit-dtype.float32-scoring.softmax",
+        "routing.top_k-by.logit-dtype.float32-scoring.softmax_topk",
+        "routing.top_k-by.score-dtype.float32-scoring.sigmoid",
+        "routing.top_k-by.score-dtype.float32-scoring.softmax",
+    ],
+}

@@ -1,0 +1,106 @@
+"""Host half of kernels/slot_scores.py and kernels/slot_scores_grad.py. Notation: T tokens, E experts, K experts per token, R slots."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+import cute_runtime
+from dispatch.operators import operator
+from routing.hopper import DTYPE_NAME
+from routing.kernels import variants
+
+
+@operator("sonicmoe_routing::slot_scores")
+def slot_scores(
+    logits: torch.Tensor, expert_index: torch.Tensor, token_offsets: torch.Tensor, scoring: str, renormalize: bool, scale: float
+) -> torch.Tensor:
+    """(R,) float32 scores of the slots that token_offsets (T + 1,) gives each token, 0 behind them; differentiable in the logits.
+
+    Args:
+        logits: (T, E) float32 on an sm_90 GPU.
+        expert_index: (R,) int32, inside [0, E) for the tokens' slots.
+        scoring, renormalize, scale: as in routing.token_rounding.
+    """
+    score = torch.empty(expert_index.shape[0], dtype=torch.float32, device=logits.device)
+    if score.shape[0]:
+        divides = renormalize and scoring != "softmax_topk"
+        with torch.cuda.device(logits.device):
+            _scores_kernel(scoring)(logits.contiguous(), expert_index, token_offsets, score, int(divides), scale)
+    return score
+
+
+@torch.library.register_fake("sonicmoe_routing::slot_scores")
+def _(
+    logits: torch.Tensor, expert_index: torch.Tensor, token_offsets: torch.Tensor, scoring: str, renormalize: bool, scale: float
+) -> torch.Tensor:
+    return torch.empty(expert_index.shape[0], dtype=torch.float32, device=logits.device)
+
+
+@operator("sonicmoe_routing::slot_scores_grad")
+def slot_scores_grad(
+    logits: torch.Tensor,
+    expert_index: torch.Tensor,
+    token_offsets: torch.Tensor | None,
+    score_grad: torch.Tensor,
+    slots_per_token: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    """(T, E) the gradient of the scores in the logits, in their dtype; the slots are t * K + j where token_offsets is None."""
+    logits_grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if logits_grad.numel() == 0:
+        return logits_grad
+    if expert_index.shape[0] == 0:
+        return logits_grad.zero_()
+    divides = renormalize and scoring != "softmax_topk"
+    with torch.cuda.device(logits.device):
+        _grad_kernel(logits.dtype, token_offsets is None, scoring)(
+            logits.contiguous(),
+            expert_index,
+            token_offsets,
+            score_grad.float().contiguous(),
+            logits_grad,
+            slots_per_token,
+            int(divides),
+            scale,
+        )
+    return logits_grad
+
+
+@torch.library.register_fake("sonicmoe_routing::slot_scores_grad")
+def _(
+    logits: torch.Tensor,
+    expert_index: torch.Tensor,
+    token_offsets: torch.Tensor | None,
+    score_grad: torch.Tensor,
+    slots_per_token: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, expert_index, token_offsets, *ctx.settings = inputs
+    ctx.save_for_backward(logits, expert_index, token_offsets)
+
+
+def _backward(ctx, score_grad: torch.Tensor):
+    logits, expert_index, token_offsets = ctx.saved_tensors
+    return slot_scores_grad(logits, expert_index, token_offsets, score_grad, 0, *ctx.settings), None, None, None, None, None
+
+
+torch.library.register_autograd("sonicmoe_routing::slot_scores", _backward, setup_context=_setup_context)
+
+
+@functools.cache
+def _scores_kernel(scoring: str) -> Callable[..., None]:
+    return cute_runtime.load(variants.slot_scores(scoring=scoring))
+
+
+@functools.cache
+def _grad_kernel(dtype: torch.dtype, uniform: bool, scoring: str) -> Callable[..., None]:
+    return cute_runtime.load(variants.slot_scores_grad(dtype=DTYPE_NAME[dtype], form="uniform" if uniform else "csr", scoring=scoring))

@@ -1,0 +1,98 @@
+"""Host half of kernels/top_k.py. Notation: T tokens, E experts, K experts per token, R = T * K slots."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+import cute_runtime
+from dispatch.operators import operator
+from routing.hopper import DTYPE_NAME
+from routing.kernels import variants
+from routing.scores_hopper import slot_scores_grad
+
+
+@operator("sonicmoe_routing::top_k")
+def top_k_hopper(
+    logits: torch.Tensor,
+    selection_bias: torch.Tensor | None,
+    k: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+    num_groups: int,
+    groups_per_token: int,
+    group_score: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`routing.top_k` in one launch on the current stream: token_index, expert_index (R,) int32 and score (R,) float32.
+
+    The arguments are top_k's, checked by it, and within the limits of routing/hopper.py. Differentiable in the logits through score;
+    only logits and expert_index are kept for that.
+    """
+    num_tokens = logits.shape[0]
+    if num_tokens * k > cute_runtime.INT32_ELEMENTS:
+        raise ValueError(f"logits: shape {tuple(logits.shape)}: T * k={num_tokens * k} must be at most {cute_runtime.INT32_ELEMENTS}")
+    token_index, expert_index, score = _outputs(logits, k)
+    if num_tokens:
+        by = "logit"
+        if selection_bias is not None:
+            by, selection_bias = "bias", selection_bias.float().contiguous()
+        elif scoring != "softmax_topk" and num_groups > 1 and group_score == "top2":
+            by = "score"
+        divides = renormalize and scoring != "softmax_topk"
+        with torch.cuda.device(logits.device):
+            _kernel(logits.dtype, scoring, by)(
+                logits.contiguous(),
+                selection_bias,
+                token_index,
+                expert_index,
+                score,
+                k,
+                num_groups,
+                logits.shape[1] // num_groups,
+                groups_per_token,
+                int(group_score == "top2"),
+                int(divides),
+                scale,
+            )
+    return token_index, expert_index, score
+
+
+@torch.library.register_fake("sonicmoe_routing::top_k")
+def _(
+    logits: torch.Tensor,
+    selection_bias: torch.Tensor | None,
+    k: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+    num_groups: int,
+    groups_per_token: int,
+    group_score: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _outputs(logits, k)
+
+
+def _outputs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    slots, device = logits.shape[0] * k, logits.device
+    token_index, expert_index = (torch.empty(slots, dtype=torch.int32, device=device) for _ in range(2))
+    return token_index, expert_index, torch.empty(slots, dtype=torch.float32, device=device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, _, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale, *_ = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx, token_index_grad: None, expert_index_grad: None, score_grad: torch.Tensor):
+    logits, expert_index = ctx.saved_tensors
+    grad = slot_scores_grad(logits, expert_index, None, score_grad, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale)
+    return grad, None, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("sonicmoe_routing::top_k", _backward, setup_context=_setup_context)
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, scoring: str, by: str) -> Callable[..., None]:
+    return cute_runtime.load(variants.top_k(dtype=DTYPE_NAME[dtype], scoring=scoring, by=by))
