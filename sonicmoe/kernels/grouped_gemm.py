@@ -37,7 +37,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from sonicmoe.kernels import ptx
 from sonicmoe.kernels.scheduler import RECORD, find_tile, first_window, next_slot, publish_tile, read_tile
-from sonicmoe.kernels.tiles import SCHEDULE_SLOTS, TILE_K, Tile
+from sonicmoe.kernels.tiles import SCHEDULE_SLOTS, STORE_BUFFERS, TILE_K, Tile
 
 GATHER_WARPS = 3
 """One cp.async of a warp (4 rows) took 53 cycles beside the tensor cores: 32 of them for 128 rows are too slow for one warp."""
@@ -49,8 +49,8 @@ TURN_BARRIER = 4
 class GroupedGemm:
     """One grouped GEMM: ``tile``, where A comes from, how B is laid out, and an epilogue object.
 
-    The epilogue has ``store(self, accumulators, args, where)`` called by each consumer warpgroup that has rows to store, and
-    is a small part of its own (epilogue.py); ``args`` is a tuple of whatever its host half prepared.
+    The epilogue (epilogue.py) has ``store``, called by each consumer for each block of 64 rows of which the expert has some, with
+    ``epilogue_args``, a tuple of whatever its host half prepared, and ``finish``, called once at the end.
     """
 
     def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], gather: bool, gated: bool, epilogue) -> None:
@@ -107,7 +107,7 @@ class GroupedGemm:
             records: cute.struct.MemRange[Int32, RECORD * SCHEDULE_SLOTS]
             a: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_a)], 1024]
             b: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_b)], 1024]
-            staging: cute.struct.Align[cute.struct.MemRange[self.dtype, tile.consumers * tile.store_buffers * 64 * 64], 1024]
+            staging: cute.struct.Align[cute.struct.MemRange[self.dtype, tile.consumers * STORE_BUFFERS * 64 * 64], 1024]
 
         self.shared = Shared
         self.kernel(
@@ -341,7 +341,7 @@ class GroupedGemm:
         fragments_a = tiled_mma.make_fragment_A(slice_of.partition_A(shared_a))
         fragments_b = tiled_mma.make_fragment_B(slice_of.partition_B(shared_b))
         accumulators = cute.make_rmem_tensor(tiled_mma.partition_shape_C((tile.m, tile.n)), Float32)
-        my_staging = staging + consumer * const_expr(tile.store_buffers * 64 * 64)
+        my_staging = staging + consumer * const_expr(STORE_BUFFERS * 64 * 64)
 
         stage = Int32(0)
         phase = Int32(0)

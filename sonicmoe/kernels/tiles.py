@@ -11,6 +11,9 @@ TILE_K = 64
 SCHEDULE_SLOTS = 4
 """Tiles that the scheduler may be ahead of the slowest reader; a power of two."""
 
+STORE_BUFFERS = 2
+"""Staging buffers of 64 x 64 elements that each consumer has for its stores."""
+
 _REGISTERS = {(2, True): (40, 232), (2, False): (24, 240), (3, True): (32, 160), (3, False): (24, 160)}
 """(Consumer warpgroups, gathered A) -> registers a thread of (producers, consumers), together at most 512 for each lane."""
 
@@ -51,13 +54,8 @@ class Tile:
         return (self.m + self.n) * TILE_K * 2
 
     @property
-    def store_buffers(self) -> int:
-        """Staging buffers of 64 x 64 elements that each consumer has for its stores."""
-        return 2
-
-    @property
     def shared_bytes(self) -> int:
-        staging = self.consumers * self.store_buffers * 64 * 64 * 2
+        staging = self.consumers * STORE_BUFFERS * 64 * 64 * 2
         return self.stages * self.stage_bytes + staging + 1024
 
     def registers(self, *, gather: bool) -> tuple[int, int]:
