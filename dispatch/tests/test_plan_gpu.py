@@ -158,6 +158,16 @@ def test_graph_replays_on_new_ids(experts, slots_per_token):
         assert_same(got_count, count_cumsum(expert, experts, backend="reference"), seed)
 
 
+def test_compiled_with_fullgraph_gives_the_same_bits():
+    def both(token, expert):
+        return *plan(token, expert, num_tokens=1000, num_experts=64, slots_per_token=4)[:6], *count_cumsum(expert, 64)
+
+    token = torch.arange(1000, device="cuda").repeat_interleave(4)
+    expert = draw(4000, 64, torch.int64, seed=0)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(one, other) for one, other in zip(compiled(token, expert), both(token, expert), strict=True))
+
+
 def test_launches_go_to_the_current_stream():
     token = torch.arange(32_768, device="cuda").repeat_interleave(8)
     expert = draw(262_144, 128, torch.int64, seed=0)
