@@ -11,6 +11,7 @@ import hashlib
 import importlib.machinery
 import importlib.metadata
 import json
+import threading
 from pathlib import Path
 
 from cute_runtime.variant import Variant
@@ -19,6 +20,10 @@ ARCH = "sm_90a"
 COMPILER = "nvidia-cutlass-dsl"
 PROJECT_PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe", "testing")
 """Packages whose modules a kernel may share; beside these, the kernel's own top-level package counts."""
+
+# Python 3.11's ast.parse counts its recursion in a place that threads share: two at once end in "AST constructor recursion depth
+# mismatch" now and then (CPython issue 106905).
+_parsing = threading.Lock()
 
 _COMPILE_STEP = ("cute_runtime/compile_worker.py", "cute_runtime/shim.c")
 
@@ -99,7 +104,9 @@ def _imports(name: str, content: bytes) -> list[str]:
     """Module files that a source might import, as source names; those that do not exist are dropped by the caller."""
     package = name.split("/")[:-1]
     modules = []
-    for node in ast.walk(ast.parse(content, filename=name)):
+    with _parsing:
+        tree = ast.parse(content, filename=name)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

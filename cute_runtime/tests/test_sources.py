@@ -1,7 +1,11 @@
 """The key of a compiled kernel changes with everything that could change the kernel, and with nothing else."""
 
+import gc
 import importlib.util
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +90,26 @@ def test_finding_sources_imports_nothing(toy):
     sources(VARIANT)
     assert "toy" not in sys.modules
     assert importlib.util.find_spec("toy") is not None
+
+
+@pytest.fixture
+def frequent_yields():
+    """Collections of garbage that let another thread run, also in the middle of a parse."""
+
+    def give_way(phase, info):
+        time.sleep(1e-5)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(50)
+    gc.callbacks.append(give_way)
+    yield
+    gc.callbacks.remove(give_way)
+    gc.set_threshold(*threshold)
+
+
+def test_sources_are_parsed_by_several_threads_at_once(frequent_yields):
+    # Without the lock Python 3.11's parser raises SystemError within a few of these.
+    content = Path(module.__file__).read_bytes()
+    expected = module._imports("cute_runtime/sources.py", content)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(module._imports, ["cute_runtime/sources.py"] * 40, [content] * 40)) == [expected] * 40
