@@ -22,7 +22,7 @@ def slot_scores(
         expert_index: (R,) int32, inside [0, E) for the tokens' slots.
         scoring, renormalize, scale: as in routing.token_rounding.
     """
-    score = torch.empty(expert_index.shape[0], dtype=torch.float32, device=logits.device)
+    score = torch.empty_like(expert_index, dtype=torch.float32)
     if score.shape[0]:
         divides = renormalize and scoring != "softmax_topk"
         with torch.cuda.device(logits.device):
@@ -34,7 +34,7 @@ def slot_scores(
 def _(
     logits: torch.Tensor, expert_index: torch.Tensor, token_offsets: torch.Tensor, scoring: str, renormalize: bool, scale: float
 ) -> torch.Tensor:
-    return torch.empty(expert_index.shape[0], dtype=torch.float32, device=logits.device)
+    return torch.empty_like(expert_index, dtype=torch.float32)
 
 
 @operator("sonicmoe_routing::slot_scores_grad")

@@ -74,9 +74,8 @@ def _(
 
 
 def _outputs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    slots, device = logits.shape[0] * k, logits.device
-    token_index, expert_index = (torch.empty(slots, dtype=torch.int32, device=device) for _ in range(2))
-    return token_index, expert_index, torch.empty(slots, dtype=torch.float32, device=device)
+    token_index = logits.new_empty(logits.shape[0] * k, dtype=torch.int32)
+    return token_index, torch.empty_like(token_index), torch.empty_like(token_index, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
