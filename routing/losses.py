@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import count_cumsum
-from routing.scoring import SCORINGS, check_logits, expert_scores, finite, renormalized
+from routing.scoring import SCORINGS, check_finite, check_logits, expert_scores, finite, renormalized
 from routing.types import Routing
 
 
@@ -54,6 +54,7 @@ def load_balance_loss(logits: torch.Tensor, routing: Routing, *, scoring: str = 
     expected = (routing.num_tokens, routing.num_experts)
     if tuple(logits.shape) != expected:
         raise ValueError(f"logits: shape {tuple(logits.shape)}: must be the routing's (T, E) = {expected}")
+    check_finite(logits)
     probability = expert_scores(finite(logits), scoring)
     if scoring == "sigmoid":
         probability = renormalized(probability)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from dispatch import debug
 from routing import Routing, expert_counts, load_balance_loss, router_z_loss, token_rounding, top_k, wasted_row_ratio
 
 
@@ -111,3 +112,12 @@ def test_bad_input_is_refused_by_name() -> None:
         wasted_row_ratio(torch.tensor([1]), 0)
     with pytest.raises(ValueError, match=r"counts: shape \(1,\), dtype torch.float32: must be \(E,\) integers"):
         wasted_row_ratio(torch.tensor([1.0]), 4)
+
+
+def test_debug_switch_reports_non_finite_logits_of_the_balance_loss() -> None:
+    logits = random_logits(4, 3)
+    routing = top_k(logits, 1)
+    logits[2, 1] = float("nan")
+    assert load_balance_loss(logits, routing).isfinite()
+    with debug.checks(), pytest.raises(ValueError, match="logits: must be finite"):
+        load_balance_loss(logits, routing)
