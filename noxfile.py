@@ -234,6 +234,12 @@ def gate(session: nox.Session) -> None:
 
 
 @nox.session
+def gate_selftest(session: nox.Session) -> None:
+    """Plants defects one at a time, each of which the gate must catch; see `python -m testing.matrix selftest --help`."""
+    run(session, interpreter(session, "matrix"), "-m", "testing.matrix", "selftest", *session.posargs)
+
+
+@nox.session
 def compile_all(session: nox.Session) -> None:
     """Builds every kernel variant for sm_90a, in parallel, no GPU needed; `-- --out DIR` says where (default: out/kernels)."""
     python = interpreter(session, "compile")

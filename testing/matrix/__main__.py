@@ -1,9 +1,10 @@
-"""The matrix's command line: ``python -m testing.matrix plan|run|gate``.
+"""The matrix's command line: ``python -m testing.matrix plan|run|gate|selftest``.
 
 Exit status: 0 all is well, 1 a cell or the gate failed, 2 the input cannot be used (one line on stderr says why).
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import secrets
@@ -11,12 +12,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from testing.matrix import gate, plan, report, report_html, runner
-from testing.matrix.cells import DEFAULT_MATRIX, Matrix, load_matrix
+from testing.matrix.cells import DEFAULT_MATRIX, Matrix, Profile, load_matrix
 from testing.matrix.located import MatrixError
 from testing.matrix.results import FAILED, find_results, write_atomically, write_result
 
@@ -38,28 +39,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m testing.matrix", description="The matrix: plan its shards, run it, decide on it.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate|selftest")
     planner = commands.add_parser("plan", help="print balanced shards as one line of JSON for GitHub Actions")
     planner.add_argument("--shards", type=int, required=True, metavar="N", help="number of shards")
     planner.set_defaults(run=_plan)
     run = commands.add_parser("run", help="run the cells, or one shard of them, and write results and reports")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="which shard of how many, counted from 1 (default: %(default)s)")
-    run.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per core, four per GPU)")
     run.add_argument("--out", type=Path, default=Path("matrix_results"), metavar="DIR", help="where results go (default: %(default)s)")
-    run.add_argument("--seed", type=int, metavar="S", help="repeat an earlier run's random numbers (default: fresh ones)")
     run.add_argument("--resume", action="store_true", help="go on from the cells that an interrupted run finished")
     run.set_defaults(run=_run)
     decide = commands.add_parser("gate", help="merge results and decide; exits with 1 when the gate fails")
     decide.add_argument("results", nargs="+", metavar="RESULT", help="result files, or folders that hold them")
     decide.add_argument("--expect-profile", metavar="NAME", help="refuse results of another profile")
-    decide.add_argument("--out", type=Path, metavar="DIR", help="write merged.json, report.html and summary.md there")
+    decide.add_argument("--out", type=Path, metavar="DIR", help="write merged.json, report.html and report.md there")
     decide.set_defaults(run=_gate)
-    for command in (planner, run):
+    tester = commands.add_parser(
+        "selftest", help="plant defects one at a time; exits with 1 when one survives the gate or untouched code fails"
+    )
+    tester.add_argument("--defects", metavar="GLOB", help="only the defects whose names match, such as '*bias*'")
+    tester.add_argument("--out", type=Path, metavar="DIR", help="write selftest.json and selftest.md there")
+    tester.set_defaults(run=_selftest)
+    for command in (run, tester):
+        command.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per core, four per GPU)")
+        command.add_argument("--seed", type=int, metavar="S", help="repeat an earlier run's random numbers (default: fresh ones)")
+    for command in (planner, run, tester):
         command.add_argument(
             "--profile", default="auto", help="cpu, hopper or auto: by whether there is an sm_90 GPU (default: %(default)s)"
         )
+    for command in (planner, run):
         command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
-    for command in (planner, run, decide):
+    for command in (planner, run, decide, tester):
         command.add_argument("--matrix", type=Path, default=DEFAULT_MATRIX, metavar="FILE", help="default: testing/matrix.yaml")
         command.add_argument("--json", action="store_true", help="JSON on stdout and nothing else (as plan always does)")
     return parser
@@ -74,28 +83,22 @@ def _plan(arguments: argparse.Namespace, matrix: Matrix) -> int:
 
 def _run(arguments: argparse.Namespace, matrix: Matrix) -> int:
     index, count = _shard(arguments.shard)
-    gpus = 0 if arguments.profile == "cpu" else _hopper_gpus()
-    profile = plan.profile_of(matrix, _profile_name(arguments.profile, lambda: gpus))
-    if profile.name != "cpu" and gpus == 0:
-        raise MatrixError(f"--profile {profile.name}: needs an sm_90 GPU, and none is visible here")
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise MatrixError(f"--jobs {arguments.jobs}: must be at least 1")
-    jobs = arguments.jobs or (min(4 * gpus, _cores()) if gpus else _cores())
+    machine = _machine(arguments, matrix)
     options = runner.RunOptions(
         shard_index=index,
         shard_count=count,
         out=arguments.out,
-        jobs=jobs,
-        seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+        jobs=machine.jobs,
+        seed=_seed(arguments),
         pattern=arguments.cells,
         resume=arguments.resume,
-        gpus=gpus,
-        command=shlex.join(["python", "-m", "testing.matrix", *sys.argv[1:]]),
+        gpus=machine.gpus,
+        command=_command(),
     )
     from sonicmoe import environment
 
-    setup = runner.default_setup(matrix, profile, "cuda" if gpus else "cpu")
-    result = runner.run_shard(matrix, profile, options, setup, environment.describe())
+    setup = runner.default_setup(matrix, machine.profile, machine.device)
+    result = runner.run_shard(matrix, machine.profile, options, setup, environment.describe())
     passed = all(cell["status"] != FAILED for cell in result["cells"])
     _write_reports(arguments.out, matrix, result, passed, stem=f"shard-{index}-of-{count}" if count > 1 else "report")
     _show(arguments, matrix, result, passed)
@@ -114,6 +117,37 @@ def _gate(arguments: argparse.Namespace, matrix: Matrix) -> int:
     return OK if verdict.passed else GATE_FAILED
 
 
+def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    machine = _machine(arguments, matrix)
+    from sonicmoe import environment
+    from testing.matrix import selftest
+    from testing.matrix.defects import DEFECTS
+
+    defects = {name: defect.cell for name, defect in DEFECTS.items() if fnmatch.fnmatchcase(name, arguments.defects or "*")}
+    if not defects:
+        raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(DEFECTS)} defects")
+    options = selftest.SelftestOptions(machine.jobs, _cores(), _seed(arguments), machine.gpus, _command())
+    setup = selftest.default_setup(matrix, machine.profile, machine.device)
+    described = environment.describe()
+    with runner.Steps(len(defects) + 1) as steps:
+        tested = selftest.run_selftest(matrix, machine.profile, defects, setup, options, described, ended=steps.ended)
+    found = {
+        **environment.describe(),
+        "profile": machine.profile.name,
+        "seed": options.seed,
+        "command": options.command,
+        **tested.as_json(),
+    }
+    if arguments.out is not None:
+        write_result(arguments.out / "selftest.json", found)
+        write_atomically(arguments.out / "selftest.md", selftest.markdown(tested))
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        selftest.print_table(_console(), tested)
+    return GATE_FAILED if tested.reasons else OK
+
+
 def _write_reports(out: Path, matrix: Matrix, result: dict[str, Any], passed: bool, *, stem: str) -> None:
     write_atomically(out / f"{stem}.html", report_html.html(matrix, result, passed=passed))
     write_atomically(out / f"{stem}.md", report.markdown(matrix, result, passed=passed))
@@ -123,9 +157,41 @@ def _show(arguments: argparse.Namespace, matrix: Matrix, result: dict[str, Any],
     if arguments.json:
         print(json.dumps(result))
     else:
-        # A log file has no width of its own; 80 columns would fold every row of the table.
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-        report.print_table(console, matrix, result, passed=passed)
+        report.print_table(_console(), matrix, result, passed=passed)
+
+
+def _console() -> Console:
+    """A log file has no width of its own; 80 columns would fold every row of a table."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+class _Machine(NamedTuple):
+    """What a run has to run on."""
+
+    profile: Profile
+    gpus: int
+    device: str
+    jobs: int
+
+
+def _machine(arguments: argparse.Namespace, matrix: Matrix) -> _Machine:
+    """The profile and the workers that the arguments and this machine come to."""
+    gpus = 0 if arguments.profile == "cpu" else _hopper_gpus()
+    profile = plan.profile_of(matrix, _profile_name(arguments.profile, lambda: gpus))
+    if profile.name != "cpu" and gpus == 0:
+        raise MatrixError(f"--profile {profile.name}: needs an sm_90 GPU, and none is visible here")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise MatrixError(f"--jobs {arguments.jobs}: must be at least 1")
+    jobs = arguments.jobs or (min(4 * gpus, _cores()) if gpus else _cores())
+    return _Machine(profile, gpus, "cuda" if gpus else "cpu", jobs)
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    return secrets.randbits(32) if arguments.seed is None else arguments.seed
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "testing.matrix", *sys.argv[1:]])
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -71,6 +71,8 @@ class LayerCell(Cell):
     bias: bool = False
     sentinels: float = 0.0
     """Share of the routing's slots that are turned into sentinels, as under expert parallelism."""
+    repeats: int | None = None
+    """Runs that must give the same bits; None is the profile's number."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +398,7 @@ class _Reader:
             layout=self.choice(body, "layout", LAYOUTS, where, "interleaved"),
             bias=self.flag(body, "bias", where),
             sentinels=self.number(body, "sentinels", where, low=0, high=1, default=0.0),
+            repeats=self.whole(body, "repeats", where, low=2, none=True),
         )
 
     def read_routing_cell(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:

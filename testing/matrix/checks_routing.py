@@ -128,7 +128,10 @@ def check_top_k(routing: Routing, logits: np.ndarray, spec: RoutingSpec, k: int,
 
 
 def _near_tie(keys: np.ndarray, got: np.ndarray, wanted: np.ndarray, spec: RoutingSpec) -> bool:
-    """Whether float32 rounding explains the difference: what was taken is as good as what was left, nearly."""
+    """Whether float32 rounding explains the difference: what was taken is nearly as good as what was left, and not better.
+
+    Better would be an expert of a group that was not to be chosen from.
+    """
     left, taken = keys[wanted & ~got], keys[got & ~wanted]
     tolerance = NEAR * np.abs(keys).max()
     if spec.num_groups > 1:
@@ -137,7 +140,7 @@ def _near_tie(keys: np.ndarray, got: np.ndarray, wanted: np.ndarray, spec: Routi
         cut = np.sort(groups)[::-1][spec.groups_per_token - 1 : spec.groups_per_token + 1]
         if cut[0] - cut[-1] <= 4 * tolerance and set(np.flatnonzero(got) // size) != set(np.flatnonzero(wanted) // size):
             return True
-    return len(left) == len(taken) and bool(np.all(np.sort(left) - np.sort(taken) <= tolerance))
+    return len(left) == len(taken) and bool(np.all(np.abs(np.sort(left) - np.sort(taken)) <= tolerance))
 
 
 def _check_scores(got: np.ndarray, expected: np.ndarray, spec: RoutingSpec) -> Check:
@@ -193,6 +196,8 @@ def check_rounding(routing: Routing, logits: np.ndarray, spec: RoutingSpec, k: i
     why = f"experts {outside[:8]} have {after[outside[:8]]} rows from {before[outside[:8]]} with tile {spec.tile_m}"
     results.append(check(f"rounds {spec.mode}", len(outside) == 0, why))
     results.append(_check_total(before, after, tokens, spec))
+    if spec.mode == "stochastic":
+        results.append(_check_chance(before, after, tokens, spec.tile_m))
     results += _check_who_moved(affinity, base, got)
     expected = _scores(affinity, got, spec)[slots.token[slots.used], slots.expert[slots.used]]
     results.append(_check_scores(slots.score[slots.used], expected, spec))
@@ -210,6 +215,20 @@ def _check_total(before: np.ndarray, after: np.ndarray, tokens: int, spec: Routi
     limits = {"balanced": spec.tile_m / 2, "stochastic": 3 * spec.tile_m * float(np.sqrt(free.sum()))}
     limit = limits.get(spec.mode, float("inf"))
     return check("total kept", drift <= limit, f"the total moved by {drift} rows where {limit:g} are allowed")
+
+
+def _check_chance(before: np.ndarray, after: np.ndarray, tokens: int, tile: int) -> Check:
+    """Does an expert whose excess is the fraction f of a tile round up with probability f?
+
+    Judged by s = sum (2f - 1) (up - f), whose mean is 0 and whose variance is sum (2f - 1)^2 f (1 - f). Rounding to the nearest
+    would give s = E / 12 on average where every f is as likely, 10 standard deviations at E = 512.
+    """
+    free = before // tile * tile + tile <= tokens
+    share = (before % tile)[free] / tile
+    rounded_up = (after - before // tile * tile)[free] / tile
+    got = float(((2 * share - 1) * (rounded_up - share)).sum())
+    limit = 6 * float(np.sqrt(((2 * share - 1) ** 2 * share * (1 - share)).sum()))
+    return check("rounds up by chance", abs(got) <= limit, f"rounding up follows the excess by {got:.1f} where chance allows {limit:.1f}")
 
 
 def _check_who_moved(affinity: np.ndarray, base: np.ndarray, got: np.ndarray) -> list[Check]:

@@ -36,6 +36,8 @@ def describe(cell: Cell, profile: Profile) -> dict[str, Any]:
             "bias": cell.bias,
             "sentinels": cell.sentinels,
         }
+        if cell.repeats:
+            words["repeats"] = cell.repeats
         if problem.routing.tile_m != cell.routing.tile_m:
             words["tile_m_experts"] = problem.routing.tile_m
     elif isinstance(cell, RoutingCell):

@@ -1,7 +1,7 @@
 """When a cell passes. The worker measures, this judges, and the gate judges again with the thresholds of the day."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from testing.matrix.cells import Cell, LayerCell, Matrix, Threshold
 from testing.matrix.results import FAILED, PASSED
@@ -52,14 +52,29 @@ def finish(cell: Cell, result: dict[str, Any], matrix: Matrix) -> dict[str, Any]
     return {**result, "status": FAILED if problems else PASSED, "passed": not problems, "why": "; ".join(problems)}
 
 
-def worst_share(cell: LayerCell, result: dict[str, Any], matrix: Matrix) -> float | None:
-    """The largest error as a share of its threshold: 1 is the edge, above fails; None where nothing was measured."""
-    shares = []
+class Worst(NamedTuple):
+    """The largest error of a cell as a share of its limit: 1 is the edge, above fails, infinite is not finite."""
+
+    tensor: str
+    scope: str
+    share: float
+
+
+def worst_error(cell: LayerCell, result: dict[str, Any], matrix: Matrix) -> Worst | None:
+    """The error nearest to its limit, or farthest above; None where nothing was measured."""
+    found = []
     for tensor, measured in (result.get("errors") or {}).items():
         for scope in Threshold._fields:
             value = measured.get(scope)
-            shares.append(value / getattr(matrix.thresholds[cell.dtype][tensor], scope) if _is_finite(value) else math.inf)
-    return max(shares, default=None)
+            share = value / getattr(matrix.thresholds[cell.dtype][tensor], scope) if _is_finite(value) else math.inf
+            found.append(Worst(tensor, scope, share))
+    return max(found, key=lambda worst: worst.share, default=None)
+
+
+def worst_share(cell: LayerCell, result: dict[str, Any], matrix: Matrix) -> float | None:
+    """The share of `worst_error`."""
+    worst = worst_error(cell, result, matrix)
+    return None if worst is None else worst.share
 
 
 def _is_finite(value: Any) -> bool:

@@ -108,7 +108,7 @@ def cost_seconds(cell: Cell, profile: Profile) -> float:
             _SECONDS_PER_CELL
             + _SECONDS_PER_LOGIT * full.T * full.E
             + _SECONDS_PER_ROW * full.T * full.K
-            + _SECONDS_PER_FLOP * flops * (1 + profile.repeats)
+            + _SECONDS_PER_FLOP * flops * (1 + (cell.repeats or profile.repeats))
             + _SECONDS_PER_WEIGHT * experts * weights_per_expert(cell, hidden, intermediate)
         )
     if isinstance(cell, RoutingCell):

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,10 @@ class RunOptions:
     gpus: int
     """sm_90 GPUs to use; 0 in the cpu profile."""
     command: str
+    cores: int | None = None
+    """Cores that all workers share; None is every core of the machine."""
+    quiet: bool = False
+    """Without progress, for a run within another command's."""
 
 
 def shard_path(out: Path, index: int, count: int) -> Path:
@@ -79,12 +82,12 @@ def run_shard(
                 results[cell.name] = {**describe(cell, profile), "status": NOT_RUN, "passed": None, "why": reason}
             elif cell.name not in results:
                 runnable.append(cell)
-        progress = _Progress(len(cells), already=len(cells) - len(runnable))
+        progress = Steps(len(cells), already=len(cells) - len(runnable), quiet=options.quiet)
         with progress:
             for result in _measure(matrix, profile, options, runnable, journal.seed, setup, progress):
                 results[result["name"]] = result
                 journal.add(result)
-                progress.ended(result)
+                progress.ended(result["name"], result["status"] != FAILED, f"{result['seconds']:.1f} s {result['why']}".rstrip())
         result = {
             **identity,
             **environment,
@@ -106,7 +109,7 @@ def _measure(
     cells: list[Cell],
     seed: int,
     setup: Callable[[], pool.Work],
-    progress: "_Progress",
+    progress: "Steps",
 ) -> Iterator[dict[str, Any]]:
     """Yield judged results as cells end; cells that need a GPU for themselves come last, one worker per GPU."""
     by_name = {cell.name: cell for cell in cells}
@@ -122,7 +125,7 @@ def _measure(
             )
             for cell in phase
         ]
-        environments = [worker_environment(index, workers, options.gpus) for index in range(workers)]
+        environments = [worker_environment(index, workers, options.gpus, options.cores) for index in range(workers)]
         for event in pool.run_jobs(jobs, setup, environments=environments, memory_bytes=int(profile.memory_gib * 2**30)):
             if isinstance(event, pool.Started):
                 progress.started(event.name)
@@ -133,9 +136,9 @@ def _measure(
             yield finish(cell, result, matrix)
 
 
-def worker_environment(index: int, workers: int, gpus: int) -> dict[str, str]:
+def worker_environment(index: int, workers: int, gpus: int, cores: int | None = None) -> dict[str, str]:
     """Each worker has its share of the cores, and one GPU where there are any."""
-    threads = str(max(1, (os.cpu_count() or 1) // max(1, workers)))
+    threads = str(max(1, (cores or os.cpu_count() or 1) // max(1, workers)))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -201,21 +204,21 @@ class _Journal:
         self.stream.flush()
 
 
-class _Progress:
-    """A live bar on a terminal, a plain line per cell elsewhere; both on stderr."""
+class Steps:
+    """A live bar on a terminal, a plain line per step elsewhere; both on stderr."""
 
-    def __init__(self, total: int, *, already: int) -> None:
-        self.total, self.count = total, already
-        self.verdicts: Counter[str] = Counter()
+    def __init__(self, total: int, *, already: int = 0, quiet: bool = False) -> None:
+        self.total, self.count, self.quiet = total, already, quiet
+        self.wrong = 0
         self.running: list[str] = []
         console = Console(stderr=True)
         self.bar = None
-        if console.is_terminal:
+        if console.is_terminal and not quiet:
             columns = (SpinnerColumn(), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
             self.bar = Progress(*columns, console=console)
             self.task = self.bar.add_task("starting", total=total, completed=already)
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Steps":
         if self.bar:
             self.bar.start()
         return self
@@ -228,21 +231,22 @@ class _Progress:
         self.running.append(name)
         self._show()
 
-    def ended(self, result: dict[str, Any]) -> None:
+    def ended(self, name: str, good: bool, line: str) -> None:
+        """One step is over; a line that is not good stays on the terminal."""
         self.count += 1
-        self.verdicts[result["status"]] += 1
-        if result["name"] in self.running:
-            self.running.remove(result["name"])
-        line = f"{result['status']:7} {result['name']} {result['seconds']:.1f} s {result['why'][:300]}".rstrip()
-        if self.bar is None:
-            print(f"[{self.count}/{self.total}] {line}", file=sys.stderr, flush=True)
-        elif result["status"] == FAILED:
-            self.bar.console.print(line, style="red", markup=False, highlight=False)
+        self.wrong += not good
+        if name in self.running:
+            self.running.remove(name)
+        text = f"{'' if good else 'FAILED '}{name}: {line[:300]}".rstrip(": ")
+        if self.bar is None and not self.quiet:
+            print(f"[{self.count}/{self.total}] {text}", file=sys.stderr, flush=True)
+        elif self.bar and not good:
+            self.bar.console.print(text, style="red", markup=False, highlight=False)
         self._show()
 
     def _show(self) -> None:
         if self.bar:
-            failed = f" {self.verdicts[FAILED]} failed," if self.verdicts[FAILED] else ""
+            failed = f" {self.wrong} failed," if self.wrong else ""
             self.bar.update(self.task, completed=self.count, description=f"{failed} {', '.join(self.running)}")
 
 

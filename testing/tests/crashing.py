@@ -29,3 +29,24 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
 def setup():
     return measure
+
+
+class Setup:
+    """Work whose measurements are wrong in the way that the name says; can be sent to a new process."""
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def __call__(self):
+        return self.measure
+
+    def measure(self, name: str, seed: int) -> dict[str, Any]:
+        errors = {tensor: dict(values) for tensor, values in ERRORS.items()}
+        if self.wrong == "the worker dies":
+            os._exit(7)
+        if self.wrong == "dx ten times its limit" and name.startswith("layer/"):
+            errors["dx"]["whole"] = 0.1
+        if self.wrong == "o not finite":
+            errors["o"]["worst_block"] = None
+        holds = self.wrong != "a check fails"
+        return {"checks": [{"name": "stands", "passed": holds, "why": "" if holds else "fell"}], "errors": errors}
