@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "judge and time one layer of any size",
     "report": "judge and time the three standard loads, ending in PASS or FAIL",
     "train": "train a small MoE language model on real text",
+    "convert": "write a checkpoint's experts in another form",
 }
 
 
