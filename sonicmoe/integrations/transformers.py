@@ -12,6 +12,7 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from routing import Routing
@@ -46,8 +47,19 @@ NAME = "sonicmoe_experts"
 FAMILIES = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "DeepSeek-V2", "DeepSeek-V3", "GLM-4-MoE", "gpt-oss")
 """What the tests build, run and train."""
 
-_GATED = {SiLUActivation: "swiglu", nn.SiLU: "swiglu", GELUActivation: "geglu", nn.ReLU: "reglu"}
-_PLAIN = {SiLUActivation: "silu", nn.SiLU: "silu", GELUActivation: "gelu", nn.ReLU: "relu", ReLUSquaredActivation: "relu_squared"}
+_PLAIN = {
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    F.silu: "silu",
+    GELUActivation: "gelu",
+    F.gelu: "gelu",
+    nn.ReLU: "relu",
+    F.relu: "relu",
+    ReLUSquaredActivation: "relu_squared",
+}
+"""By class or, where experts hold a function, by function."""
+_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+"""What an activation is called with a gate."""
 _SUPPORTED_ACTIVATIONS = "silu, gelu (exact) or relu, without a gate also relu2, or gpt-oss's clamped swiglu"
 
 
@@ -131,11 +143,13 @@ def _options(experts: nn.Module) -> tuple[str, str]:
             f"{name} has a gate function of its own: must be transformers' default one on concatenated weights, "
             f"or gpt-oss's, as {', '.join(FAMILIES)} have"
         )
-    activations = _GATED if experts.has_gate else _PLAIN
-    kind = type(experts.act_fn)
-    if kind not in activations:
-        raise ValueError(f"{name} has the activation {kind.__name__}: must be {_SUPPORTED_ACTIVATIONS}")
-    return activations[kind], "concatenated"
+    kind = type(experts.act_fn) if isinstance(experts.act_fn, nn.Module) else experts.act_fn
+    activation = _PLAIN.get(kind)
+    if experts.has_gate:
+        activation = _GATED.get(activation)
+    if activation is None:
+        raise ValueError(f"{name} has the activation {getattr(kind, '__name__', kind)}: must be {_SUPPORTED_ACTIVATIONS}")
+    return activation, "concatenated"
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

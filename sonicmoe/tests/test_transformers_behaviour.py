@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -160,6 +161,15 @@ def test_ids_beyond_the_experts_are_sentinels(index):
 @pytest.mark.parametrize("activation", ["silu", "swish", "gelu", "gelu_python", "relu"])
 def test_gated_activations_agree_with_eager(activation):
     experts, inputs = make_experts(hidden_act=activation), make_routing()
+    torch.testing.assert_close(experts(*inputs), eager(experts, *inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu, F.relu])
+def test_activations_that_are_functions_agree_with_eager(function):
+    """As LFM2-MoE holds them."""
+    experts, inputs = make_experts(), make_routing()
+    del experts.act_fn
+    experts.act_fn = function
     torch.testing.assert_close(experts(*inputs), eager(experts, *inputs), rtol=1e-5, atol=1e-6)
 
 
