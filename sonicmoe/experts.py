@@ -16,6 +16,7 @@ import torch
 
 import dispatch
 from dispatch import DispatchPlan
+from dispatch.operators import operator
 from routing import Routing
 from sonicmoe import backends, validation
 from sonicmoe.activations import is_gated
@@ -119,7 +120,7 @@ class _RoutedExperts(torch.autograd.Function):
         return *(next(gradients) if needed else None for needed in needs), None, None
 
 
-@torch.library.custom_op("sonicmoe::routed_experts", mutates_args=())
+@operator("sonicmoe::routed_experts")
 def _forward(
     x: torch.Tensor,
     w_up: torch.Tensor,
@@ -154,13 +155,13 @@ def _forward(
     return [out, z] if store_z else [out]
 
 
-@_forward.register_fake
+@torch.library.register_fake("sonicmoe::routed_experts")
 def _(x, w_up, w_down, b_up, b_down, score, offsets, row_to_token, *unused, store_z):
     out = x.new_empty(x.shape)
     return [out, x.new_empty(row_to_token.shape[0], w_up.shape[1])] if store_z else [out]
 
 
-@torch.library.custom_op("sonicmoe::routed_experts_backward", mutates_args=())
+@operator("sonicmoe::routed_experts_backward")
 def _backward(
     dout: torch.Tensor,
     z: torch.Tensor | None,
@@ -218,7 +219,7 @@ def _backward(
     return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
 
 
-@_backward.register_fake
+@torch.library.register_fake("sonicmoe::routed_experts_backward")
 def _(dout, z, x, w_up, w_down, b_down, score, offsets, *plan_and_options, needs):
     activation = plan_and_options[-3]
     experts, hidden_size = offsets.shape[0] - 1, dout.shape[1]
@@ -239,4 +240,4 @@ def _refuse_second_derivative(ctx, *gradients):
     raise NotImplementedError("routed_experts: second derivatives (create_graph=True, double backward) are not available")
 
 
-_backward.register_autograd(_refuse_second_derivative)
+torch.library.register_autograd("sonicmoe::routed_experts_backward", _refuse_second_derivative)

@@ -12,6 +12,14 @@ def test_import_loads_neither_torch_nor_a_compiler():
     assert result.stdout.strip() == "[]"
 
 
+def test_first_step_does_not_load_torch_compile():
+    """It takes seconds, and `torch.library.custom_op` would load it; see `dispatch.operators`."""
+    step = "sonicmoe.MoE(16, 8, 4, 2)(torch.randn(3, 16)).sum().backward()"
+    code = f"import sys, torch, sonicmoe; {step}; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
 def test_every_public_name_loads():
     assert set(sonicmoe.__all__) <= set(dir(sonicmoe))
     for name in sonicmoe.__all__:

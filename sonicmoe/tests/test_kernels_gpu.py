@@ -10,14 +10,20 @@ import torch
 
 from dispatch import DispatchPlan
 from routing import Routing
-from sonicmoe import oracle, routed_experts
+from sonicmoe import accuracy, oracle, routed_experts
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.backends import hopper
 
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}
-"""Rounding the output costs 1.7e-3 and 2.1e-4 of normal values; float32 accumulation next to nothing."""
+"""Rounding the output costs 1.7e-3 and 2.1e-4 of many normal values; float32 accumulation next to nothing."""
+
+ONE_ROUNDING = {torch.bfloat16: 2**-8 + 1e-4, torch.float16: 2**-11 + 1e-5}
+"""What it can cost at most, and does when a few values hold most of a small block's norm, as after relu_squared."""
+
+SMALL_BLOCK = 1024
+"""Elements below which a block is judged by ONE_ROUNDING."""
 
 COUNTS = {
     "one full tile": (192, 128, 192, [192]),
@@ -46,10 +52,12 @@ def randn(*shape, dtype, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
 
-def worst_block(got, want):
-    """Largest relative Frobenius error of 128 rows; NaN stays NaN."""
-    errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got.split(128), want.split(128), strict=True)]
-    return max(errors, key=lambda error: float("inf") if error != error else error, default=0.0)
+def is_rounded(got, want):
+    """Whether no block of 128 rows is further from float64 than one rounding to got's dtype; NaN never passes."""
+    pairs = zip(got.split(128), want.split(128), strict=True)
+    return all(
+        bool((g.double() - w).norm() <= w.norm() * (TOLERANCE if g.numel() >= SMALL_BLOCK else ONE_ROUNDING)[got.dtype]) for g, w in pairs
+    )
 
 
 @pytest.fixture
@@ -80,8 +88,8 @@ def test_up_projection_matches_float64(case, activation, layout, bias, dtype):
     results = [hopper.up_projection(x, w, b, plan, activation=activation, gate_up_layout=layout, store_z=True) for _ in range(2)]
     alone, none = hopper.up_projection(x, w, b, plan, activation=activation, gate_up_layout=layout, store_z=False)
     a, z = results[0]
-    assert worst_block(z[:rows], want) < TOLERANCE[dtype]
-    assert worst_block(a[:rows], activate(want, activation, layout)) < TOLERANCE[dtype]
+    assert is_rounded(z[:rows], want)
+    assert is_rounded(a[:rows], activate(want, activation, layout))
     assert a[rows:].isnan().all()
     assert z[rows:].isnan().all()
     assert none is None
@@ -100,7 +108,7 @@ def test_down_projection_matches_float64(case, bias, dtype):
     b = randn(len(counts), H, dtype=dtype) if bias else None
     want = torch.cat([part.double() @ w[e].double().mT + (b[e].double() if bias else 0) for e, part in enumerate(a[:rows].split(counts))])
     y, again = (hopper.down_projection(a, w, b, plan) for _ in range(2))
-    assert worst_block(y[:rows], want) < TOLERANCE[dtype]
+    assert is_rounded(y[:rows], want)
     assert y[rows:].isnan().all()
     assert torch.equal(y[:rows], again[:rows])
 
@@ -122,9 +130,9 @@ def test_layer_matches_the_oracle_in_every_tile(rows_per_expert):
     out = routed_experts(x, w_up, w_down, routing, backend="hopper")
     out.backward(dout)
     assert torch.equal(inference, out)
-    assert worst_block(out, want["o"]) < 4e-3
-    for name, got in {"dx": x.grad, "dw_up": w_up.grad.flatten(1), "dw_down": w_down.grad.flatten(1)}.items():
-        assert worst_block(got, want[name].flatten(1)) < 8e-3, name
+    assert accuracy.measure("o", out, want["o"]).worst_block < 4e-3
+    for name, got in {"dx": x.grad, "dw_up": w_up.grad, "dw_down": w_down.grad}.items():
+        assert accuracy.measure(name, got, want[name]).worst_block < 8e-3, name
 
 
 def test_forward_does_not_wait_for_the_host_and_replays_in_a_graph():
