@@ -1,4 +1,4 @@
-"""The matrix's command line: ``python -m testing.matrix plan|run|gate|selftest``.
+"""The matrix's command line: ``python -m testing.matrix plan|run|gate|selftest|ratchet``.
 
 Exit status: 0 all is well, 1 a cell or the gate failed, 2 the input cannot be used (one line on stderr says why).
 """
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from testing.matrix import gate, plan, report, report_html, runner
+from testing.matrix import gate, plan, ratchet, report, report_html, runner
 from testing.matrix.cells import DEFAULT_MATRIX, Matrix, Profile, load_matrix
 from testing.matrix.located import MatrixError
-from testing.matrix.results import FAILED, find_results, write_atomically, write_result
+from testing.matrix.results import FAILED, find_results, read_recorded, write_atomically, write_result
 
 OK, GATE_FAILED, BAD_INPUT = 0, 1, 2
 HOPPER = (9, 0)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m testing.matrix", description="The matrix: plan its shards, run it, decide on it.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate|selftest")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate|selftest|ratchet")
     planner = commands.add_parser("plan", help="print balanced shards as one line of JSON for GitHub Actions")
     planner.add_argument("--shards", type=int, required=True, metavar="N", help="number of shards")
     planner.set_defaults(run=_plan)
@@ -56,9 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     tester = commands.add_parser(
         "selftest", help="plant defects one at a time; exits with 1 when one survives the gate or untouched code fails"
     )
-    tester.add_argument("--defects", metavar="GLOB", help="only the defects whose names match, such as '*bias*'")
+    tester.add_argument("--defects", metavar="GLOB", help="only the planted defects whose names match, such as '*bias*'")
     tester.add_argument("--out", type=Path, metavar="DIR", help="write selftest.json and selftest.md there")
     tester.set_defaults(run=_selftest)
+    tighten = commands.add_parser("ratchet", help="propose floors for the speed cells from recorded results, as a patch of the matrix file")
+    tighten.add_argument("results", nargs="+", metavar="RESULT", help="result files, of shards or merged, or folders that hold shards")
+    tighten.add_argument("--lower", action="store_true", help="propose floors that fall as well")
+    tighten.add_argument("--write", action="store_true", help="write them into the matrix file instead of printing the patch")
+    tighten.set_defaults(run=_ratchet)
     for command in (run, tester):
         command.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per core, four per GPU)")
         command.add_argument("--seed", type=int, metavar="S", help="repeat an earlier run's random numbers (default: fresh ones)")
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (planner, run):
         command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
-    for command in (planner, run, decide, tester):
+    for command in (planner, run, decide, tester, tighten):
         command.add_argument("--matrix", type=Path, default=DEFAULT_MATRIX, metavar="FILE", help="default: testing/matrix.yaml")
         command.add_argument("--json", action="store_true", help="JSON on stdout and nothing else (as plan always does)")
     return parser
@@ -131,8 +136,10 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
     described = environment.describe()
     with runner.Steps(len(defects) + 1) as steps:
         tested = selftest.run_selftest(matrix, machine.profile, defects, setup, options, described, ended=steps.ended)
+    if arguments.defects is None:
+        tested = selftest.joined(tested, selftest.run_speed_selftest(matrix, options.seed))
     found = {
-        **environment.describe(),
+        **described,
         "profile": machine.profile.name,
         "seed": options.seed,
         "command": options.command,
@@ -146,6 +153,21 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
     else:
         selftest.print_table(_console(), tested)
     return GATE_FAILED if tested.reasons else OK
+
+
+def _ratchet(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    results = [read_recorded(path) for path in find_results(arguments.results)]
+    proposals = ratchet.propose(matrix, results, lower=arguments.lower)
+    text = ratchet.edited(matrix.path, matrix.floors, proposals)
+    if arguments.json:
+        print(json.dumps([ratchet.as_json(proposal) for proposal in proposals]))
+    else:
+        ratchet.print_table(Console(stderr=True), proposals)
+    if arguments.write:
+        write_atomically(matrix.path, text)
+    elif not arguments.json:
+        print(ratchet.patch(matrix.path, text), end="")
+    return OK
 
 
 def _write_reports(out: Path, matrix: Matrix, result: dict[str, Any], passed: bool, *, stem: str) -> None:

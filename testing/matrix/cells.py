@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from sonicmoe.thiek import Thiek
 from testing.matrix.located import LocatedDict, MatrixError, load
+from testing.matrix.speed import Floor, Floors, Rule
 
 DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
 
@@ -157,6 +158,9 @@ class Matrix:
     """dtype -> tensor -> threshold."""
     groups: dict[str, str]
     """Group -> what it is about."""
+    speed_rule: Rule
+    floors: list[Floors]
+    """Of the speed cells, device by device."""
 
     def cells_of(self, kind: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == kind]
@@ -184,7 +188,7 @@ class _Reader:
 
     def read(self) -> Matrix:
         root = load(self.path)
-        sections = {"accuracy", "profiles", "routings", "layers", "routing", "count_cumsum", "speed"}
+        sections = {"speed_rule", "floors", "accuracy", "profiles", "routings", "layers", "routing", "count_cumsum", "speed"}
         self.check_keys(root, "the file", required=sections, optional=set())
         thresholds = self.read_thresholds(root["accuracy"])
         profiles = {name: self.read_profile(name, body) for name, body in self.items(root["profiles"], "profiles")}
@@ -201,7 +205,9 @@ class _Reader:
             dtype = getattr(cell, "dtype", None)
             if isinstance(cell, LayerCell) and dtype not in thresholds:
                 self.fail(cell.line, f"cell {cell.name}", f"dtype {dtype} has no thresholds under accuracy")
-        return Matrix(self.path, tuple(cells), profiles, thresholds, self.groups)
+        rule = self.read_speed_rule(root["speed_rule"])
+        floors = self.read_floors(root["floors"], {cell.name for cell in cells if isinstance(cell, SpeedCell)})
+        return Matrix(self.path, tuple(cells), profiles, thresholds, self.groups, rule, floors)
 
     # --- shape of the file ---------------------------------------------------------------------------------------
 
@@ -312,6 +318,34 @@ class _Reader:
                     self.fail(pair.line, at, "worst_block must not be tighter than whole")
                 result[dtype][tensor] = threshold
         return result
+
+    def read_speed_rule(self, body: Any) -> Rule:
+        self.check_keys(body, "speed_rule", required=set(Rule._fields), optional=set())
+        return Rule(*(self.number(body, key, "speed_rule", low=1e-4, high=0.5) for key in Rule._fields))
+
+    def read_floors(self, blocks: Any, speed_cells: set[str]) -> list[Floors]:
+        """A list of {device, power_limit_w, cells}; nothing at all before the first recorded run."""
+        if blocks is not None and not isinstance(blocks, list):
+            self.fail(1, "floors", "must be a list of devices")
+        floors = []
+        for body in blocks or []:
+            where = f"floors of {body['device']}" if isinstance(body, LocatedDict) and "device" in body else "floors"
+            self.check_keys(body, where, required={"device", "power_limit_w", "cells"}, optional=set(), line=blocks.line)
+            power = None if body["power_limit_w"] is None else self.number(body, "power_limit_w", where, low=1, high=10_000)
+            cells = {}
+            for name, floor in self.items(body["cells"], where):
+                if name not in speed_cells:
+                    self.fail(body["cells"].lines[name], where, f"{name} is not a speed cell of this file")
+                cells[name] = self.read_floor(floor, f"{where}, {name}")
+            floors.append(Floors(body["device"], power, cells))
+        return floors
+
+    def read_floor(self, body: Any, where: str) -> Floor:
+        self.check_keys(body, where, required={"ratio", "tflops", "date"}, optional={"kernels"})
+        kernels = dict(self.items(body.get("kernels", LocatedDict()), where))
+        values = {name: self.number(body["kernels"], name, where, low=1e-6, high=1e6) for name in kernels}
+        ratio, tflops = (self.number(body, key, where, low=1e-6, high=1e6) for key in ("ratio", "tflops"))
+        return Floor(ratio, tflops, values, str(body["date"]))
 
     def read_profile(self, name: str, body: Any) -> Profile:
         where = f"profile {name}"

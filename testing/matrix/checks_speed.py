@@ -3,6 +3,7 @@
 T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
+import statistics
 from typing import Any
 
 import torch
@@ -11,42 +12,52 @@ import torch.nn.functional as F
 from sonicmoe import routed_experts, timing
 from testing.matrix.cells import SpeedCell
 from testing.matrix.checks_layer import DTYPES
+from testing.matrix.operation_times import operation_times
 from testing.matrix.route import route
+from testing.matrix.speed import Rule, Trial, needs_more_trials, summarize
 
 BOUND = {"inference": "bound forward", "forward": "bound forward", "forward+backward": "bound forward+backward"}
+OPERATION_RUNS = 5
+"""Runs of a trial in which the operations are timed one by one; their medians count."""
 
 
-def measure_speed(cell: SpeedCell, seed: int, device: str = "cuda") -> dict[str, Any]:
-    """Median and spread of the layer, router included, and its ratio to the bound: bound time / layer time."""
+def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") -> dict[str, Any]:
+    """The layer's time, router included, its operations' and the bound's, over trials on fresh tokens and routers."""
     T, H, I, E, K = cell.thiek
-    dtype = DTYPES[cell.dtype]
+    dtype, trains = DTYPES[cell.dtype], cell.mode != "inference"
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale
+        return (torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale).requires_grad_(trains)
 
-    leaves = [normal(T, H), normal(E, H, scale=H**-0.5), normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)]
-    dout = normal(T, H)
-    leaves = [leaf.requires_grad_(cell.mode != "inference") for leaf in leaves]
-
-    def layer(_: object) -> None:
-        x, router_weight, w_up, w_down = leaves
-        o = routed_experts(x, w_up, w_down, route(F.linear(x, router_weight).float(), K, cell.routing, None, seed))
-        if cell.mode == "forward+backward":
-            torch.autograd.grad(o, leaves, dout)
-
+    weights = [normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)]
+    dout = normal(T, H).detach()
     bound_name = BOUND[cell.mode]
     bound = timing.gemm_bound_variants(cell.thiek, dtype=dtype, device=device)[bound_name]
-    with torch.set_grad_enabled(cell.mode != "inference"):
-        times = timing.measure({"layer": timing.Variant(layer), bound_name: bound}, device=device)
-    ours, theirs = times["layer"], times[bound_name]
+    trials: list[Trial] = []
+    while needs_more_trials(trials, rule):
+        tokens = [normal(T, H), normal(E, H, scale=H**-0.5)]
+
+        def layer(_: object, tokens: list[torch.Tensor] = tokens) -> None:
+            x, router_weight = tokens
+            o = routed_experts(x, *weights, route(F.linear(x, router_weight).float(), K, cell.routing, None, seed))
+            if cell.mode == "forward+backward":
+                torch.autograd.grad(o, [*tokens, *weights], dout)
+
+        with torch.set_grad_enabled(trains):
+            # The first trial warms the clock up; the others only their own tokens.
+            effort = {"warmup_s": 0.02 if trials else 0.3, "measure_s": 0.1}
+            times = timing.measure({"layer": timing.Variant(layer), bound_name: bound}, device=device, **effort)
+            trials.append(Trial(times["layer"].ms, times[bound_name].ms, _time_operations(layer, device)))
+    summary = summarize(trials)
     flops = timing.model_flops(cell.thiek.rows, H, I, gated=True)[cell.mode]
-    return {
-        "ms": ours.ms,
-        "ms_spread": ours.ms_spread,
-        "repeats": ours.repeats,
-        "tflops": timing.tflops(flops, ours.ms),
-        "bound_ms": theirs.ms,
-        "bound_ms_spread": theirs.ms_spread,
-        "ratio": theirs.ms / ours.ms,
-    }
+    return {**summary, "tflops": timing.tflops(flops, summary["ms"])}
+
+
+def _time_operations(layer: Any, device: str) -> dict[str, float]:
+    runs = []
+    for _ in range(OPERATION_RUNS):
+        with operation_times(device) as times:
+            layer(None)
+        runs.append(times.milliseconds())
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}

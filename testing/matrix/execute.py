@@ -15,6 +15,7 @@ from testing.matrix.checks_layer import measure_layer
 from testing.matrix.checks_speed import measure_speed
 from testing.matrix.pool import Work
 from testing.matrix.route import check_route
+from testing.matrix.speed import Rule
 
 
 def prepare(matrix_path: Path, profile_name: str, device: str) -> Work:
@@ -25,23 +26,23 @@ def prepare(matrix_path: Path, profile_name: str, device: str) -> Work:
     cells = {cell.name: cell for cell in matrix.cells}
 
     def work(name: str, seed: int) -> dict[str, Any]:
-        return run_cell(cells[name], profile, seed, device)
+        return run_cell(cells[name], profile, seed, device, matrix.speed_rule)
 
     return work
 
 
-def run_cell(cell: Cell, profile: Profile, seed: int, device: str) -> dict[str, Any]:
+def run_cell(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:
     """Measure one cell. An exception is a result too: the cell fails with its type and message."""
     started = time.perf_counter()
     try:
-        measured = _run(cell, profile, seed, device)
+        measured = _run(cell, profile, seed, device, rule)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         measured = {"crash": f"{type(error).__name__}: {lines[0]}", "traceback": traceback.format_exc(limit=-8)}
     return {**measured, "seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device))}
 
 
-def _run(cell: Cell, profile: Profile, seed: int, device: str) -> dict[str, Any]:
+def _run(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:
     if isinstance(cell, LayerCell):
         return measure_layer(cell, profile, seed, device)
     if isinstance(cell, RoutingCell):
@@ -49,7 +50,7 @@ def _run(cell: Cell, profile: Profile, seed: int, device: str) -> dict[str, Any]
     if isinstance(cell, CountCell):
         return {"checks": _as_dicts(check_counts(cell, seed, device))}
     if isinstance(cell, SpeedCell):
-        return measure_speed(cell, seed)
+        return measure_speed(cell, seed, rule)
     raise TypeError(f"{type(cell).__name__}: this kind of cell cannot be run")
 
 

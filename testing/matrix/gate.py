@@ -2,7 +2,8 @@
 
 A merge is good when every cell of the matrix was run and passes by the thresholds in the matrix file now. A cell that no
 result mentions fails the gate. A cell that was not run for want of a GPU is listed as not run: under the cpu profile that
-is what was promised and does not fail the gate; under any other profile it does.
+is what was promised and does not fail the gate; under any other profile it does. A speed cell without a recorded threshold is
+listed as "no threshold yet": it does not fail, and it is not counted as passed.
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ from testing.matrix.describe import describe, not_run_reason
 from testing.matrix.judge import finish
 from testing.matrix.located import MatrixError
 from testing.matrix.plan import profile_of
-from testing.matrix.results import FAILED, NOT_RUN, PASSED, read_result
+from testing.matrix.results import FAILED, NO_FLOOR, NOT_RUN, PASSED, read_result
+from testing.matrix.speed import Machine
 
 MISSING = "missing"
 
@@ -52,10 +54,10 @@ def decide(matrix: Matrix, paths: list[Path], expect_profile: str | None = None)
     profile = profile_of(matrix, first["profile"])
     cells, reasons = [], []
     for cell in matrix.cells:
-        judged = _judge(matrix, cell, found.get(cell.name), profile)
+        judged = _judge(matrix, cell, *found.get(cell.name, (None, None)), profile)
         cells.append(judged)
         promised = judged["status"] == NOT_RUN and profile.name == "cpu"
-        if judged["status"] != PASSED and not promised:
+        if judged["status"] not in (PASSED, NO_FLOOR) and not promised:
             reasons.append(f"{cell.name}: {judged['status']}: {judged['why']}")
     keep = {key: value for key, value in first.items() if key not in ("cells", "shard", "seconds", "jobs", "command")}
     merged = {
@@ -68,9 +70,10 @@ def decide(matrix: Matrix, paths: list[Path], expect_profile: str | None = None)
     return Verdict(not reasons, reasons, merged)
 
 
-def _merge(matrix: Matrix, results: list[tuple[Path, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def _merge(matrix: Matrix, results: list[tuple[Path, dict[str, Any]]]) -> dict[str, tuple[dict[str, Any], Machine]]:
+    """Cell name -> its result and where that was measured."""
     known = {cell.name for cell in matrix.cells}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[dict[str, Any], Machine]] = {}
     origin: dict[str, Path] = {}
     for path, result in results:
         for cell in result["cells"]:
@@ -79,11 +82,11 @@ def _merge(matrix: Matrix, results: list[tuple[Path, dict[str, Any]]]) -> dict[s
                 raise MatrixError(f"{path}: cell {name} is not in {matrix.path}")
             if name in found:
                 raise MatrixError(f"{path}: cell {name} is in {origin[name]} too")
-            found[name], origin[name] = cell, path
+            found[name], origin[name] = (cell, Machine.of(result)), path
     return found
 
 
-def _judge(matrix: Matrix, cell: Cell, result: dict[str, Any] | None, profile: Profile) -> dict[str, Any]:
+def _judge(matrix: Matrix, cell: Cell, result: dict[str, Any] | None, machine: Machine | None, profile: Profile) -> dict[str, Any]:
     """A recorded verdict is not trusted: the numbers are compared with the thresholds again."""
     if result is None:
         return {**describe(cell, profile), "status": MISSING, "passed": False, "why": "no result has this cell"}
@@ -95,4 +98,4 @@ def _judge(matrix: Matrix, cell: Cell, result: dict[str, Any] | None, profile: P
     for key, wanted in describe(cell, profile).items():
         if result.get(key) != wanted:
             return {**result, "status": FAILED, "passed": False, "why": f"was run with {key} {result.get(key)}, the matrix says {wanted}"}
-    return finish(cell, result, matrix)
+    return finish(cell, result, matrix, machine)

@@ -4,7 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 from testing.matrix.cells import Cell, LayerCell, Matrix, Threshold
-from testing.matrix.results import FAILED, PASSED
+from testing.matrix.results import FAILED, NO_FLOOR, PASSED
+from testing.matrix.speed import Machine, floor_of, judge_speed
 
 
 def judge_errors(errors: dict[str, dict[str, float | None]], thresholds: dict[str, Threshold]) -> list[str]:
@@ -26,7 +27,7 @@ def expected_tensors(cell: LayerCell) -> list[str]:
     return ["o", "dx", "dw_up", "dw_down", *biases, "drouter"]
 
 
-def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix) -> list[str]:
+def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix, machine: Machine) -> list[str]:
     """Every reason why a cell that ran fails: its own failure, a check, an error, or a measurement that is missing."""
     problems = []
     if result.get("crash"):
@@ -40,15 +41,21 @@ def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix) -> list[str]:
         known = {tensor: errors[tensor] for tensor in errors if tensor in matrix.thresholds[cell.dtype]}
         problems += judge_errors(known, matrix.thresholds[cell.dtype])
     elif cell.kind == "speed":
-        problems += [f"{key} was not measured" for key in ("ms", "bound_ms", "ratio") if not _is_positive(result.get(key))]
+        missing = [key for key in ("ms", "bound_ms", "ratio", "tflops", "trials") if not _is_positive(result.get(key))]
+        missing += [key for key in ("ms_spread", "ratio_spread") if not _is_finite(result.get(key))]
+        problems += [f"{key} was not measured" for key in missing]
+        if not missing:
+            problems += [loss.why for loss in judge_speed(result, matrix.floors, matrix.speed_rule, machine)]
     if not checks and cell.kind != "speed":
         problems.append("nothing was checked")
     return problems
 
 
-def finish(cell: Cell, result: dict[str, Any], matrix: Matrix) -> dict[str, Any]:
-    """The result with its verdict: status, passed and why."""
-    problems = judge_cell(cell, result, matrix)
+def finish(cell: Cell, result: dict[str, Any], matrix: Matrix, machine: Machine) -> dict[str, Any]:
+    """The result with its verdict: status, passed and why. `machine` is where it was measured."""
+    problems = judge_cell(cell, result, matrix, machine)
+    if not problems and cell.kind == "speed" and floor_of(matrix.floors, cell.name, machine) is None:
+        return {**result, "status": NO_FLOOR, "passed": None, "why": "no recorded run has set its threshold"}
     return {**result, "status": FAILED if problems else PASSED, "passed": not problems, "why": "; ".join(problems)}
 
 

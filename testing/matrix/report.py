@@ -9,10 +9,11 @@ from rich.table import Table
 from testing.matrix.cells import LayerCell, Matrix
 from testing.matrix.gate import MISSING
 from testing.matrix.judge import worst_share
-from testing.matrix.results import FAILED, NOT_RUN, PASSED
+from testing.matrix.results import FAILED, NO_FLOOR, NOT_RUN, PASSED
+from testing.matrix.speed import Machine, floor_of, uncertainty
 
-STATUSES = (PASSED, FAILED, MISSING, NOT_RUN)
-_STYLES = {PASSED: "green", FAILED: "bold red", MISSING: "bold red", NOT_RUN: "yellow"}
+STATUSES = (PASSED, FAILED, MISSING, NO_FLOOR, NOT_RUN)
+_STYLES = {PASSED: "green", FAILED: "bold red", MISSING: "bold red", NO_FLOOR: "yellow", NOT_RUN: "yellow"}
 
 
 def thiek_text(sizes: list[int | None] | None) -> str:
@@ -94,15 +95,27 @@ def print_table(console: Console, matrix: Matrix, result: dict[str, Any], *, pas
             console.print(f"{cell['status']}: {cell['name']}: {cell['why']}", style="red", markup=False, highlight=False)
     for reason, names in not_run(result).items():
         console.print(f"not run: {len(names)} cells, {reason}: {', '.join(names)}", style="yellow", markup=False, highlight=False)
+    for reason, names in no_floor(result).items():
+        line = f"speed not judged: {len(names)} cells, {reason}: {', '.join(names)}"
+        console.print(line, style="yellow", markup=False, highlight=False)
     console.print(machine_text(result), style="dim", markup=False, highlight=False)
     console.print(headline(result, passed), style="bold green" if passed else "bold red", markup=False, highlight=False)
 
 
 def not_run(result: dict[str, Any]) -> dict[str, list[str]]:
     """Reason -> names of the cells that were not run for it."""
+    return _by_reason(result, NOT_RUN)
+
+
+def no_floor(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Reason -> names of the speed cells that were measured and not judged."""
+    return _by_reason(result, NO_FLOOR)
+
+
+def _by_reason(result: dict[str, Any], status: str) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for cell in result["cells"]:
-        if cell["status"] == NOT_RUN:
+        if cell["status"] == status:
             reasons.setdefault(cell["why"], []).append(cell["name"])
     return reasons
 
@@ -116,7 +129,7 @@ def markdown(matrix: Matrix, result: dict[str, Any], *, passed: bool) -> str:
         lines += ["| cell | T,H,I,E,K | status | why |", "|---|---|---|---|"]
         lines += [f"| {cell['name']} | {thiek_text(cell.get('thiek'))} | {cell['status']} | {_escape(cell['why'])} |" for cell in broken]
         lines.append("")
-    lines += ["| group | cells | passed | failed | not run | largest error/limit | s |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines += ["| group | cells | passed | failed | not run or judged | largest error/limit | s |", "|---|--:|--:|--:|--:|--:|--:|"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in result["cells"]:
         groups.setdefault(cell["name"].split("/")[0], []).append(cell)
@@ -124,20 +137,35 @@ def markdown(matrix: Matrix, result: dict[str, Any], *, passed: bool) -> str:
         counts = Counter(cell["status"] for cell in cells)
         worst = max((share[cell["name"]] for cell in cells if share.get(cell["name"]) is not None), default=None)
         lines.append(
-            f"| {group} | {len(cells)} | {counts[PASSED]} | {counts[FAILED] + counts[MISSING]} | {counts[NOT_RUN]} "
+            f"| {group} | {len(cells)} | {counts[PASSED]} | {counts[FAILED] + counts[MISSING]} | {counts[NOT_RUN] + counts[NO_FLOOR]} "
             f"| {share_text(worst)} | {sum(cell.get('seconds', 0) for cell in cells):.0f} |"
         )
     speed = [cell for cell in result["cells"] if cell.get("ratio")]
     if speed:
-        lines += ["", "| cell | T,H,I,E,K | ms | spread | TFLOPS | GEMM bound ms | ratio |", "|---|---|--:|--:|--:|--:|--:|"]
+        lines += ["", "| cell | T,H,I,E,K | ms | spread | TFLOPS | GEMM bound ms | ratio | floor |", "|---|---|--:|--:|--:|--:|--:|--:|"]
         lines += [
             f"| {cell['name']} | {thiek_text(cell['thiek'])} | {cell['ms']:.3f} | {cell['ms_spread']:.3f} | {cell['tflops']:.0f} "
-            f"| {cell['bound_ms']:.3f} | {cell['ratio']:.2f} |"
+            f"| {cell['bound_ms']:.3f} | {ratio_text(cell)} | {floor_text(matrix, result, cell)} |"
             for cell in speed
         ]
     for reason, names in not_run(result).items():
         lines += ["", f"Not run, {reason}: {', '.join(names)}."]
+    for reason, names in no_floor(result).items():
+        lines += ["", f"Speed not judged, {reason}: {', '.join(names)}."]
     return "\n".join(lines) + "\n"
+
+
+def ratio_text(cell: dict[str, Any]) -> str:
+    """The ratio to the GEMM bound and what its trials leave uncertain: ``0.712 ± 0.003``."""
+    if "trials" not in cell:
+        return f"{cell['ratio']:.3f}"
+    return f"{cell['ratio']:.3f} ± {uncertainty(cell['ratio_spread'], cell['trials']):.3f}"
+
+
+def floor_text(matrix: Matrix, result: dict[str, Any], cell: dict[str, Any]) -> str:
+    """The recorded ratio that a speed cell is held to, and its date."""
+    found = floor_of(matrix.floors, cell["name"], Machine.of(result))
+    return f"{found[1].ratio:.3f} ({found[1].date})" if found else "none yet"
 
 
 def _escape(text: str) -> str:

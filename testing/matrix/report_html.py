@@ -6,8 +6,19 @@ from typing import Any
 
 from testing.matrix.cells import TENSORS, LayerCell, Matrix, Threshold
 from testing.matrix.gate import MISSING
-from testing.matrix.report import counts_text, experts_text, machine_text, not_run, share_text, shares, thiek_text
-from testing.matrix.results import FAILED, NOT_RUN, PASSED
+from testing.matrix.report import (
+    counts_text,
+    experts_text,
+    floor_text,
+    machine_text,
+    no_floor,
+    not_run,
+    ratio_text,
+    share_text,
+    shares,
+    thiek_text,
+)
+from testing.matrix.results import FAILED, NO_FLOOR, NOT_RUN, PASSED
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5d6878; --line: #dde2e9; --page: #f5f7fa; --card: #fff; --good: #1a7f4b; --bad: #b3261e; --wait: #8a6100; }
@@ -23,7 +34,8 @@ p { margin: .3rem 0; max-width: 75ch; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .55rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .8rem; }
-.passed { color: var(--good); } .failed, .missing { color: var(--bad); font-weight: 600; } .not-run { color: var(--wait); }
+.passed { color: var(--good); } .failed, .missing { color: var(--bad); font-weight: 600; }
+.not-run, .no-threshold-yet { color: var(--wait); }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 table { border-collapse: collapse; width: 100%; font-size: .83rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .55rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -62,7 +74,7 @@ def html(matrix: Matrix, result: dict[str, Any], *, passed: bool) -> str:
             _tiles(matrix, result),
             _failures(result),
             _not_run(result),
-            _speed(result),
+            _speed(matrix, result),
             _heat_maps(matrix, result),
             _all_cells(matrix, result),
             "</main></body></html>",
@@ -80,6 +92,7 @@ def _tiles(matrix: Matrix, result: dict[str, Any]) -> str:
         (statuses.count(PASSED), "passed", "passed"),
         (broken, "failed or missing", "failed" if broken else ""),
         (statuses.count(NOT_RUN), "not run", "not-run" if NOT_RUN in statuses else ""),
+        (statuses.count(NO_FLOOR), "without a speed floor", "not-run" if NO_FLOOR in statuses else ""),
         (share_text(worst) or "-", "largest error / limit", ""),
         (f"{result['seconds']:.0f} s", f"profile {result['profile']}", ""),
         (f"{peak:.0f} MiB", "largest worker", ""),
@@ -112,18 +125,19 @@ def _failures(result: dict[str, Any]) -> str:
 
 
 def _not_run(result: dict[str, Any]) -> str:
-    reasons = not_run(result)
-    if not reasons:
-        return ""
-    items = "".join(
+    sections = (("What was not run", not_run(result)), ("What was not judged for speed", no_floor(result)))
+    return "".join(f"<h2>{title}</h2>{_reasons(reasons)}" for title, reasons in sections if reasons)
+
+
+def _reasons(reasons: dict[str, list[str]]) -> str:
+    return "".join(
         f'<p><b class="not-run">{len(names)} cells</b>, {escape(why)}: <span class="soft">{escape(", ".join(names))}</span></p>'
         for why, names in reasons.items()
     )
-    return f"<h2>What was not run</h2>{items}"
 
 
-def _speed(result: dict[str, Any]) -> str:
-    head = [("cell", ""), ("T,H,I,E,K", ""), *((label, "n") for label in ("ms", "spread", "TFLOPS", "GEMM bound ms", "ratio"))]
+def _speed(matrix: Matrix, result: dict[str, Any]) -> str:
+    head = [("cell", ""), ("T,H,I,E,K", ""), *((label, "n") for label in ("ms", "spread", "TFLOPS", "GEMM bound ms", "ratio", "floor"))]
     rows = [
         [
             escape(cell["name"]),
@@ -132,7 +146,8 @@ def _speed(result: dict[str, Any]) -> str:
             f"{cell['ms_spread']:.3f}",
             f"{cell['tflops']:.0f}",
             f"{cell['bound_ms']:.3f}",
-            f"{cell['ratio']:.2f}",
+            ratio_text(cell),
+            escape(floor_text(matrix, result, cell)),
         ]
         for cell in result["cells"]
         if cell.get("ratio")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from testing.matrix.located import MatrixError
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+NO_FLOOR = "no threshold yet"
+"""Of a speed cell that was measured and has no floor to be judged by: listed, neither passed nor failed."""
 SCHEMA = 1
 
 
@@ -55,6 +57,18 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read one shard's result.
 
     Raises:
+        MatrixError: the file cannot be read or is not a shard's result of this program.
+    """
+    result = read_recorded(path)
+    if "shard" not in result:
+        raise MatrixError(f"{path}: shard is missing")
+    return result
+
+
+def read_recorded(path: Path) -> dict[str, Any]:
+    """Read a result, of a shard or merged by the gate.
+
+    Raises:
         MatrixError: the file cannot be read or is not a result of this program.
     """
     try:
@@ -66,9 +80,9 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or not isinstance(result.get("cells"), list):
         raise MatrixError(f"{path}: is not a matrix result of schema {SCHEMA}")
     for cell in result["cells"]:
-        if not isinstance(cell, dict) or "name" not in cell or cell.get("status") not in (PASSED, FAILED, NOT_RUN):
+        if not isinstance(cell, dict) or "name" not in cell or cell.get("status") not in (PASSED, FAILED, NOT_RUN, NO_FLOOR):
             raise MatrixError(f"{path}: has a cell without a name or a known status")
-    for key in ("profile", "sources", "seed", "shard"):
+    for key in ("profile", "sources", "seed"):
         if key not in result:
             raise MatrixError(f"{path}: {key} is missing")
     return result

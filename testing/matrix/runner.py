@@ -20,6 +20,7 @@ from testing.matrix.judge import finish
 from testing.matrix.located import MatrixError
 from testing.matrix.results import FAILED, NOT_RUN, SCHEMA, read_result, write_result
 from testing.matrix.sources import fingerprint
+from testing.matrix.speed import Machine
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def run_shard(
                 runnable.append(cell)
         progress = Steps(len(cells), already=len(cells) - len(runnable), quiet=options.quiet)
         with progress:
-            for result in _measure(matrix, profile, options, runnable, journal.seed, setup, progress):
+            for result in _measure(matrix, profile, options, runnable, journal.seed, setup, progress, Machine.of(environment)):
                 results[result["name"]] = result
                 journal.add(result)
                 progress.ended(result["name"], result["status"] != FAILED, f"{result['seconds']:.1f} s {result['why']}".rstrip())
@@ -110,6 +111,7 @@ def _measure(
     seed: int,
     setup: Callable[[], pool.Work],
     progress: "Steps",
+    machine: Machine,
 ) -> Iterator[dict[str, Any]]:
     """Yield judged results as cells end; cells that need a GPU for themselves come last, one worker per GPU."""
     by_name = {cell.name: cell for cell in cells}
@@ -133,7 +135,7 @@ def _measure(
             cell = by_name[event.name]
             measured = {"crash": event.crash} if event.result is None else event.result
             result = {**describe(cell, profile), "seed": cell_seed(seed, cell.name), "seconds": round(event.seconds, 2), **measured}
-            yield finish(cell, result, matrix)
+            yield finish(cell, result, matrix, machine)
 
 
 def worker_environment(index: int, workers: int, gpus: int, cores: int | None = None) -> dict[str, str]:

@@ -5,6 +5,7 @@ grid or tighten the judgement until it is caught. One that makes its cell crash 
 """
 
 import functools
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from testing.matrix import gate, judge, pool, runner
+from testing.matrix import gate, judge, pool, runner, simulate
 from testing.matrix.cells import LayerCell, Matrix, Profile
 from testing.matrix.results import FAILED
 
@@ -102,9 +103,35 @@ def run_selftest(
                 outcomes[name] = outcome_of(name, by_name[defects[name]], verdict, matrix, seconds)
                 ended(name, outcomes[name].caught, outcomes[name].why)
     ordered = [outcomes[name] for name in defects]
+    return Selftest(ordered, untouched, _reasons(ordered, untouched))
+
+
+def run_speed_selftest(matrix: Matrix, seed: int) -> Selftest:
+    """The speed defects, on simulated timings, through the gate's rule: each must fail, and good code must pass."""
+    generator = random.Random(seed)
+    part = simulate.with_recorded_floor(matrix, generator)
+    (cell,) = part.cells
+    good = simulate.decide(part, simulate.simulate(generator, {}))
+    outcomes = []
+    for name, slower in simulate.DEFECTS.items():
+        measured = simulate.simulate(generator, slower)
+        verdict = simulate.decide(part, measured)
+        lost = simulate.losses(part, measured)
+        by = ", ".join(f"{what} {share:.1%}" for what, share in lost[:3])
+        margin = max((share for _, share in lost), default=0.0) / part.speed_rule.allowed_loss
+        why = "; ".join(verdict.reasons) or "the gate passes"
+        outcomes.append(Outcome(name, f"{cell.name}, simulated", not verdict.passed, by, margin, why, 0.0))
+    untouched = [{"name": f"{cell.name}, simulated", "passed": good.passed, "why": "; ".join(good.reasons), "share": None}]
+    return Selftest(outcomes, untouched, _reasons(outcomes, untouched))
+
+
+def joined(first: Selftest, second: Selftest) -> Selftest:
+    return Selftest(*(one + other for one, other in zip(first, second, strict=True)))
+
+
+def _reasons(outcomes: list[Outcome], untouched: list[dict[str, Any]]) -> list[str]:
     reasons = [f"{UNTOUCHED}: {cell['name']}: {cell['why']}" for cell in untouched if not cell["passed"]]
-    reasons += [f"{outcome.defect}: survives in {outcome.cell}: {outcome.why}" for outcome in ordered if not outcome.caught]
-    return Selftest(ordered, untouched, reasons)
+    return reasons + [f"{outcome.defect}: survives in {outcome.cell}: {outcome.why}" for outcome in outcomes if not outcome.caught]
 
 
 def _run_and_decide(

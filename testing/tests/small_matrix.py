@@ -5,6 +5,7 @@ from pathlib import Path
 from testing.matrix.cells import Matrix, load_matrix
 
 TEXT = """\
+speed_rule: {allowed_loss: 0.02, most_noise: 0.01}
 accuracy:
   bf16:
     o: {whole: 1.0e-2, worst_block: 2.0e-2}
@@ -51,6 +52,7 @@ speed:
     about: Speed.
     cells:
       - {name: fast, thiek: [1024, 768, 256, 8, 2], routing: softmax, modes: [forward]}
+floors:
 """
 
 

@@ -31,7 +31,7 @@ def line_of(text: str) -> int:
         (ONE, "- {name: one, thiek: [4, 768, 256, 2, 1], counts: [1, 2]}", "counts has 2 numbers with sum 3; it must be E=2 numbers"),
         (ONE, "- {name: one, thiek: [8, 768, 256, 6, 2], routing: grouped}", "E=6 must be a multiple of the 4 groups of routing grouped"),
         (ONE, "- {name: one, thiek: [8, 768, 256, 8, 5], routing: grouped}", "K=5 must not exceed the 4 experts that routing grouped"),
-        ("- {name: two,", "- {name: one,", "cell layer/one: the name was already given on line 30"),
+        ("- {name: two,", "- {name: one,", "cell layer/one: the name was already given on line 31"),
         ("experts: 4, lengths", "experts: 0, lengths", "cell count/e4: experts 0 must be a whole number of at least 1"),
         ("modes: [forward]", "modes: [sideways]", "cell speed/fast: mode 'sideways' is not one of inference"),
         ("nearest, tile_m: 128", "nearest", "routing nearest: tile_m is missing; token_rounding needs it"),

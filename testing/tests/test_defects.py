@@ -12,6 +12,7 @@ from testing.matrix.defects import DEFECTS
 from testing.matrix.execute import run_cell
 from testing.matrix.judge import judge_cell
 from testing.matrix.planting import Registry, planted
+from testing.matrix.speed import Machine
 
 MATRIX = load_matrix()
 LIMITS = Limits(routed_rows=1024, weight_elements=300_000, min_intermediate=32, tile_m=16)
@@ -29,9 +30,9 @@ def problems_of(name: str) -> list[str]:
         cell = replace(cell, thiek=sizes, repeats=cell.repeats and 60)
     elif isinstance(cell, RoutingCell):
         cell = replace(cell, tokens=9000)  # more than 65536 rows
-    result = run_cell(cell, PROFILE, seed=5, device="cpu")
+    result = run_cell(cell, PROFILE, seed=5, device="cpu", rule=MATRIX.speed_rule)
     assert "crash" not in result, result
-    return judge_cell(cell, result, MATRIX)
+    return judge_cell(cell, result, MATRIX, Machine(None, None))
 
 
 @pytest.mark.parametrize("name", sorted({defect.cell for defect in DEFECTS.values()}))

@@ -83,9 +83,24 @@ def test_markdown_has_failures_groups_and_what_was_not_run(matrix, result):
 
 
 def test_speed_results_show_their_ratio_to_the_bound(matrix, result):
-    speed = {"status": "passed", "ms": 2.0, "ms_spread": 0.1, "tflops": 300.0, "bound_ms": 1.5, "ratio": 0.75, "seconds": 3.0}
+    speed = {
+        "status": "passed",
+        "ms": 2.0,
+        "ms_spread": 0.1,
+        "tflops": 300.0,
+        "bound_ms": 1.5,
+        "ratio": 0.75,
+        "ratio_spread": 0.01,
+        "trials": 9,
+        "seconds": 3.0,
+    }
     result["cells"][-1].update(speed)
-    assert "| speed/fast/forward | 1024,768,256,8,2 | 2.000 | 0.100 | 300 | 1.500 | 0.75 |" in report.markdown(matrix, result, passed=True)
+    assert "| speed/fast/forward | 1024,768,256,8,2 | 2.000 | 0.100 | 300 | 1.500 | 0.750 ± 0.009 | none yet |" in report.markdown(
+        matrix, result, passed=True
+    )
+    result["cells"][-1].update(status="no threshold yet", passed=None, why="no recorded run has set its threshold")
+    assert "Speed not judged, no recorded run has set its threshold: speed/fast/forward." in report.markdown(matrix, result, passed=True)
+    assert "What was not judged for speed" in Page(report_html.html(matrix, result, passed=True)).words
     assert "GEMM bound ms" in Page(report_html.html(matrix, result, passed=True)).words
 
 
