@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     # Read when torch is first imported. Threads that spin while they wait made a step on two busy cores 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+    from sonicmoe import devices
     from sonicmoe.training import text
     from sonicmoe.training.experiment import Experiment, read_checkpoint
     from sonicmoe.training.files import prepare_folder
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(resume) if resume else None
     config = _config(args, checkpoint)
     config.validate()
-    device = _device(args.device)
+    device = devices.choose(args.device)
     require_matplotlib()
     source = args.data
     if source is None and checkpoint is not None and checkpoint["text"]["name"] != text.BUILT_IN:
@@ -96,22 +97,6 @@ def _config(args: argparse.Namespace, checkpoint: dict | None) -> TrainConfig:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} {value}: the checkpoint was made with {getattr(saved, name)}, and a resumed run keeps its options")
     return saved
-
-
-def _device(name: str):
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 class _StopOnSignal:
