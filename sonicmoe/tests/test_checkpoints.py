@@ -116,6 +116,18 @@ def test_shards_are_named_and_indexed_as_transformers_reads_them(tmp_path):
         assert len(stored) == 1 or sum(tensor.nbytes for tensor in stored.values()) <= 2000
 
 
+def test_every_tensor_is_aligned_to_its_elements(tmp_path):
+    """So that a reader may map the file: bool, bfloat16, float32 and int64 are in one file here."""
+    convert(save(tmp_path / "source", make_checkpoint()), tmp_path / "target")
+    content = (tmp_path / "target" / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header.pop("__metadata__")
+    assert {tensor["dtype"] for tensor in header.values()} == {"BOOL", "BF16", "F32", "I64"}
+    for name, tensor in header.items():
+        assert (begin + tensor["data_offsets"][0]) % files.BYTES[tensor["dtype"]] == 0, name
+
+
 def test_at_most_one_expert_is_in_memory(tmp_path, monkeypatch):
     """What is read between two writes is never more than one expert's gate and up."""
     tensors = {name: tensor for name, tensor in make_checkpoint().items() if ".experts." in name}
