@@ -69,6 +69,11 @@ def test_documented_command_exists_with_its_options(command: str):
         assert option in result.stdout
 
 
+def test_tables_are_those_of_the_recorded_results():
+    result = run(sys.executable, "-m", "testing.readme_tables", "--check")
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_session_is_documented():
     for session in SESSIONS - {"plan", "gate"}:  # these two are the workflow's
         assert f"nox -s {session}`" in README
