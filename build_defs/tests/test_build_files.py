@@ -38,6 +38,16 @@ def test_repository_declares_exactly_what_it_imports():
     assert build_files.problems(ROOT) == []
 
 
+def test_bazel_hands_every_package_to_this_test():
+    """One left out of `data` would go unchecked under Bazel; pytest sees the whole checkout."""
+    build_files_below = [path for top in (*build_files.FLOORS, "build_defs") for path in (ROOT / top).rglob("BUILD.bazel")]
+    checked = {
+        f"//{path.parent.relative_to(ROOT).as_posix()}:checked_files" for path in build_files_below if "checked_files()" in path.read_text()
+    }
+    data = (ROOT / "build_defs" / "tests" / "BUILD.bazel").read_text()
+    assert [label for label in sorted(checked) if label != "//build_defs/tests:checked_files" and f'"{label}"' not in data] == []
+
+
 def test_tree_in_order_has_no_problems(tree: Path):
     assert build_files.problems(tree) == []
 
