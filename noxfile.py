@@ -197,23 +197,36 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def matrix(session: nox.Session) -> None:
     """Runs the matrix on what this machine has; see `python -m testing.matrix run --help` for the arguments."""
-    run(session, interpreter(session, "matrix"), "-m", "testing.matrix", "run", *session.posargs)
+    run_matrix(session, *session.posargs)
 
 
 @nox.session
 def gpu_matrix(session: nox.Session) -> None:
     """The matrix on an sm_90 GPU, which must be there."""
-    demand_hopper_gpu(session)
-    run(session, interpreter(session, "compile,matrix"), "-m", "testing.matrix", "run", "--profile", "hopper", *session.posargs)
+    gpus = listed_gpus()
+    if not any(map(is_hopper, gpus)):
+        session.error(f"gpu_matrix needs an sm_90 GPU (H100, H200); this machine has {', '.join(gpus) or 'none that nvidia-smi lists'}")
+    run_matrix(session, "--profile", "hopper", *session.posargs)
 
 
-def demand_hopper_gpu(session: nox.Session) -> None:
-    """Asks the driver, before anything is installed."""
+def run_matrix(session: nox.Session, *arguments: str) -> None:
+    """Beside an sm_90 GPU also with the compiler: the cells take more variants of the kernels than are built beforehand."""
+    extra = "matrix"
+    if any(map(is_hopper, listed_gpus())):
+        extra = "compile,matrix"
+        system_tool(session, "cc")
+    run(session, interpreter(session, extra), "-m", "testing.matrix", "run", *arguments)
+
+
+def listed_gpus() -> list[str]:
+    """ "name, compute capability" of every GPU, asked of the driver before anything is installed."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     listed = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which("nvidia-smi") else None
-    gpus = [] if listed is None or listed.returncode else listed.stdout.splitlines()
-    if not any(gpu.endswith(" 9.0") for gpu in gpus):
-        session.error(f"gpu_matrix needs an sm_90 GPU (H100, H200); this machine has {', '.join(gpus) or 'none that nvidia-smi lists'}")
+    return [] if listed is None or listed.returncode else listed.stdout.splitlines()
+
+
+def is_hopper(gpu: str) -> bool:
+    return gpu.endswith(" 9.0")
 
 
 @nox.session
