@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+BACKENDS = ("auto", "hopper", "reference")
+
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its library
 
 
@@ -30,5 +32,5 @@ def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
 
 def check_backend(backend: str) -> None:
     """Refuse a backend that no operator has."""
-    if backend not in ("auto", "hopper", "reference"):
-        raise ValueError(f"backend={backend!r}: must be one of auto, hopper, reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")

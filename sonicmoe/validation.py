@@ -5,9 +5,9 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per
 
 import torch
 
+from dispatch.operators import check_backend
 from routing import Routing
 from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
-from sonicmoe.backends import check_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -17,7 +17,7 @@ def check_options(activation: str, gate_up_layout: str, backend: str) -> None:
     for name, value, allowed in (("activation", activation, ACTIVATIONS), ("gate_up_layout", gate_up_layout, LAYOUTS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-    check_name(backend)
+    check_backend(backend)
 
 
 def check_sizes(hidden_size: int, intermediate_size: int, num_experts: int, num_experts_per_tok: int) -> None:

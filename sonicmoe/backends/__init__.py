@@ -5,14 +5,9 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("auto", "hopper", "reference")
+from dispatch.operators import check_backend
+
 _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def check_name(backend: str) -> None:
-    """Raise ValueError where no machine could run ``backend``."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -21,7 +16,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: no such backend, or "hopper" where it cannot run.
     """
-    check_name(backend)
+    check_backend(backend)
     if backend == "reference":
         return "reference"
     on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

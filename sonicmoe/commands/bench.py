@@ -9,8 +9,8 @@ _ROUTINGS = ("top_k", "nearest", "up", "down", "stochastic", "balanced")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from dispatch.operators import BACKENDS
     from sonicmoe.activations import ACTIVATIONS, LAYOUTS
-    from sonicmoe.backends import BACKENDS
     from sonicmoe.cases import DTYPES
 
     parser.description = DESCRIPTION
