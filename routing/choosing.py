@@ -78,7 +78,7 @@ def top_k(
     return Routing(
         token_index=torch.arange(num_tokens * k, dtype=torch.int32, device=logits.device) // k,
         expert_index=expert_index.to(torch.int32).flatten(),
-        score=(score * scale).flatten(),
+        score=score.flatten() * scale,  # a tensor of its own, not a view: wrappers such as FSDP2 hook what a layer returns
         num_tokens=num_tokens,
         num_experts=num_experts,
         slots_per_token=k,

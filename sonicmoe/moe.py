@@ -134,7 +134,9 @@ class MoE(nn.Module):
                 activation=self.activation,
                 gate_up_layout=self.gate_up_layout,
                 backend=self.backend,
-            ).reshape(x.shape)
+            )
+            # Not a view, as reshape's result would be: FSDP2 hooks the output, and an in-place operation on a view drops the hooks.
+            out = torch.ops.aten._unsafe_view(out, x.shape)
             return (out, self._router_output(logits, routing)) if return_router else out
 
     def _router_output(self, logits: torch.Tensor, routing: Routing) -> RouterOutput:
