@@ -1,21 +1,23 @@
-"""Writes the README's tables of measured speed from the recorded results: ``python -m testing.readme_tables``.
+"""Writes the documents' tables of measured speed from the recorded results: ``python -m testing.readme_tables``.
 
-Recorded results are the JSON files in testing/results/; of each device the newest file that has speed cells is shown. What stands
-between the two markers in the README is replaced, and nothing else.
+Recorded results are the JSON files in testing/results/; of each device the newest file that has a table's cells is shown. What
+stands between the two markers in a document is replaced, and nothing else.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from testing import transformers_layers
 from testing.matrix.report import machine_text, thiek_text
 from testing.matrix.results import write_atomically
 
 ROOT = Path(__file__).absolute().parent.parent
 BEGIN = "<!-- tables of testing/results/, written by `python -m testing.readme_tables`: begin -->"
+"""In every document the same: each has one place for its tables."""
 END = "<!-- end -->"
 NONE_RECORDED = "No speed is recorded yet."
 
@@ -24,8 +26,22 @@ def speed_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms")]
 
 
-def newest(folder: Path) -> list[dict[str, Any]]:
-    """Of each device and power limit the newest result that has speed cells, ordered by device.
+class Tables(NamedTuple):
+    """What stands between the markers of one document."""
+
+    document: str
+    """Path below the root."""
+    select: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    """A recorded result's cells that are shown; results without any are not for this document."""
+    table: Callable[[dict[str, Any]], str]
+    """Markdown of one result."""
+
+    def markdown(self, folder: Path) -> str:
+        return "\n".join(self.table(result) for result in newest(folder, self.select)) or NONE_RECORDED + "\n"
+
+
+def newest(folder: Path, select: Callable[[dict[str, Any]], list[dict[str, Any]]] = speed_cells) -> list[dict[str, Any]]:
+    """Of each device and power limit the newest result of which ``select`` takes cells, ordered by device.
 
     Raises:
         ValueError: a file is not a recorded result.
@@ -37,17 +53,9 @@ def newest(folder: Path) -> list[dict[str, Any]]:
             if key not in result:
                 raise ValueError(f"{path}: {key} is missing: must be a result that one of the project's commands has written")
         key = str(result["device"]), float(result.get("power_limit_w") or 0)
-        if speed_cells(result) and (key not in found or found[key]["date"] < result["date"]):
+        if select(result) and (key not in found or found[key]["date"] < result["date"]):
             found[key] = result
     return [found[key] for key in sorted(found)]
-
-
-def tables(folder: Path) -> str:
-    """The Markdown between the markers."""
-    results = newest(folder)
-    if not results:
-        return NONE_RECORDED + "\n"
-    return "\n".join(_table(result) for result in results)
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -61,42 +69,52 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str, text: str) -> str:
-    """The README with `text` between its markers.
+TABLES = (
+    Tables("README.md", speed_cells, _table),
+    Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),
+)
+
+
+def updated(text: str, markdown: str, *, document: str) -> str:
+    """A document's text with ``markdown`` between its markers.
 
     Raises:
         ValueError: a marker is missing or stands there twice.
     """
     for marker in (BEGIN, END):
-        if readme.count(marker) != 1:
-            raise ValueError(f"README.md: has the marker {marker!r} {readme.count(marker)} times: must be there once")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
+        if text.count(marker) != 1:
+            raise ValueError(f"{document}: has the marker {marker!r} {text.count(marker)} times: must be there once")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{markdown}\n{END}{rest.partition(END)[2]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; with --check 1 where the README is not what would be written; 2 for input that cannot be used."""
+    """Returns 0; with --check 1 where a document is not what would be written; 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m testing.readme_tables", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "testing" / "results", metavar="DIR", help="default: testing/results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="default: README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where the documents are (default: this checkout)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a document is out of date")
     parser.add_argument("--json", action="store_true", help="print the results that the tables show as JSON")
     arguments = parser.parse_args(argv)
+    stale = {}
     try:
-        before = arguments.readme.read_text(encoding="utf-8")
-        after = updated(before, tables(arguments.results))
-        shown = newest(arguments.results)
+        for tables in TABLES:
+            before = (arguments.root / tables.document).read_text(encoding="utf-8")
+            after = updated(before, tables.markdown(arguments.results), document=tables.document)
+            if before != after:
+                stale[arguments.root / tables.document] = after
+        shown = {tables.document: newest(arguments.results, tables.select) for tables in TABLES}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.json:
         print(json.dumps(shown))
-    if arguments.check and before != after:
-        print(f"{arguments.readme}: is out of date: run python -m testing.readme_tables", file=sys.stderr)
-        return 1
-    if not arguments.check:
-        write_atomically(arguments.readme, after)
-    return 0
+    for path, text in stale.items():
+        if arguments.check:
+            print(f"{path}: is out of date: run python -m testing.readme_tables", file=sys.stderr)
+        else:
+            write_atomically(path, text)
+    return 1 if arguments.check and stale else 0
 
 
 if __name__ == "__main__":

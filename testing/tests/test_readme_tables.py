@@ -1,4 +1,4 @@
-"""The README's tables are those of the recorded results: of each device the newest, and nothing else of the README changes."""
+"""The documents' tables are those of the recorded results: of each device the newest, and nothing else of them changes."""
 
 import json
 
@@ -9,10 +9,13 @@ from testing import readme_tables
 
 @pytest.fixture
 def place(tmp_path):
-    """A README with the markers and a folder of results."""
+    """Documents with the markers and a folder of results."""
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    readme.write_text(f"# Title\n\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\n\nrest\n")
+    for tables in readme_tables.TABLES:
+        document = tmp_path / tables.document
+        document.parent.mkdir(exist_ok=True)
+        document.write_text(f"# Title\n\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\n\nrest\n")
 
     def record(name, device, date, ratio, **changes):
         cell = {"name": name, "thiek": [4096, 4096, 1024, 128, 8], "routing": "softmax", "mode": "forward", "ms": 2.0, "tflops": 412.4}
@@ -21,10 +24,10 @@ def place(tmp_path):
         (results / f"{name}.json").write_text(json.dumps({**result, **changes}))
 
     def run(*options):
-        status = readme_tables.main(["--readme", str(readme), "--results", str(results), *options])
+        status = readme_tables.main(["--root", str(tmp_path), "--results", str(results), *options])
         return status, readme.read_text()
 
-    run.record = record
+    run.record, run.root = record, tmp_path
     return run
 
 
@@ -57,18 +60,42 @@ def test_without_recorded_results_the_readme_says_so(place):
     assert "|" not in text.replace("`|`", "")
 
 
-def test_what_is_no_result_is_refused_in_one_line(tmp_path, capsys):
-    (tmp_path / "bad.json").write_text('{"device": "H100", "cells": []}')
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{readme_tables.BEGIN}\n{readme_tables.END}\n")
-    assert readme_tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+def test_each_document_shows_the_results_that_are_its_own(place):
+    place.record("speed", "H100", "2026-01-01", 0.61)
+    cell = {"model": "gpt-oss-20b", "step": "decode 8", "thiek": [8, 2880, 2880, 32, 4], "mode": "inference", "passed": True, "why": ""}
+    times = {"eager": (4.0, 3.0), "batched_mm": (2.0, 1.0), "sonicmoe_experts": (1.0, 0.25)}
+    cells = [
+        {**cell, "implementation": name, "scope": scope, "ms": ms}
+        for name, pair in times.items()
+        for scope, ms in zip(("layer", "experts"), pair, strict=True)
+    ]
+    lost = {**cell, "implementation": "grouped_mm", "passed": False, "why": "RuntimeError: not here"}
+    cells += [{**lost, "scope": "layer"}, {**lost, "scope": "experts"}]
+    place.record("layers", "H100", "2026-02-01", 0.61, cells=cells)
+    place.record("trial", "H100", "2026-03-01", 0.61, cells=cells, tiny=True)
+    _, readme = place()
+    text = (place.root / "docs" / "transformers.md").read_text()
+    assert "2026-01-01" in readme
+    assert "gpt-oss" not in readme
+    assert "2026-02-01" in text
+    row = "| gpt-oss-20b | decode 8 | 8 | 4.000 / 3.000 | 2.000 / 1.000 | - / - | 1.000 / 0.250 | 2.00 / 4.00 |"
+    assert [line for line in text.splitlines() if line.startswith("| gpt")] == [row]
+    assert text.count("- not timed: gpt-oss-20b, decode 8, grouped_mm: RuntimeError: not here\n") == 1
+
+
+def test_what_is_no_result_is_refused_in_one_line(place, capsys):
+    bad = place.root / "results" / "bad.json"
+    bad.write_text('{"device": "H100", "cells": []}')
+    status, text = place()
+    assert status == 2
+    assert "old" in text
     words = "date is missing: must be a result that one of the project's commands has written"
-    assert capsys.readouterr().err == f"error: {tmp_path / 'bad.json'}: {words}\n"
+    assert capsys.readouterr().err == f"error: {bad}: {words}\n"
 
 
-def test_a_readme_without_markers_is_refused(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n")
-    assert readme_tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
-    assert "0 times: must be there once" in capsys.readouterr().err
-    assert readme.read_text() == "# Title\n"
+def test_a_document_without_markers_is_refused(place, capsys):
+    (place.root / "docs" / "transformers.md").write_text("# Title\n")
+    status, text = place()
+    assert status == 2
+    assert "old" in text
+    assert "docs/transformers.md: has the marker" in capsys.readouterr().err
