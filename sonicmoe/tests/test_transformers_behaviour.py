@@ -158,6 +158,50 @@ def test_ids_beyond_the_experts_are_sentinels(index):
     assert gradient[~lost].all()
 
 
+def test_rows_of_sentinels_are_never_read():
+    """NaN in a token that went to sentinels alone, and in its output's gradient, reaches nothing: no product has seen them."""
+    experts, (x, chosen, weights) = make_experts(GptOssExperts), make_routing()
+    lost = torch.tensor([1, 4])
+    chosen[lost], x[lost] = 8, float("nan")
+    leaves = [x.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
+    out = experts(x, chosen, weights)
+    dout = torch.ones_like(out).index_fill(0, lost, float("nan"))
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert all(tensor.isfinite().all() for tensor in (out, *gradients))
+    assert not any(tensor[lost].any() for tensor in (out, *gradients[:2]))
+
+
+@pytest.mark.parametrize("cls", [Qwen3MoeExperts, GptOssExperts])
+def test_no_tokens(cls):
+    experts, (x, chosen, weights) = make_experts(cls), make_routing(tokens=0)
+    out = experts(x.requires_grad_(), chosen, weights)
+    assert out.shape == (0, 32)
+    out.sum().backward()
+    assert not any(parameter.grad.any() for parameter in experts.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_decode_steps_wait_for_no_host_and_replay_in_a_graph(tokens):
+    experts = make_experts(dtype=torch.bfloat16).cuda()
+    x, chosen, weights = (tensor.cuda() for tensor in make_routing(tokens))
+    x, weights = x.bfloat16(), weights.bfloat16()
+    with torch.no_grad():
+        experts(x, chosen, weights)  # loads the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            experts(x, chosen, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(x, chosen, weights)
+        x.copy_(torch.randn_like(x))
+        chosen.copy_((chosen + 3) % 8)
+        graph.replay()
+        assert torch.equal(out, experts(x, chosen, weights))
+
+
 @pytest.mark.parametrize("activation", ["silu", "swish", "gelu", "gelu_python", "relu"])
 def test_gated_activations_agree_with_eager(activation):
     experts, inputs = make_experts(hidden_act=activation), make_routing()
