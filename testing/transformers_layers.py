@@ -8,7 +8,7 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per
 """
 
 import argparse
-import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -29,6 +29,8 @@ RESULTS = Path(__file__).absolute().parent / "results"
 OURS = "sonicmoe_experts"
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", OURS)
 SCOPES = ("layer", "experts")
+ROTATED = 8
+"""Inputs of decode, one after the other."""
 LARGEST_DIFFERENCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-4, "fp64": 1e-10}
 """Relative Frobenius difference from eager's output up to which an implementation computes the same: several roundings of each."""
 
@@ -157,10 +159,11 @@ def measure(layer: Layer, step_name: str, step: Step, implementations: Sequence[
 
 
 class Call(NamedTuple):
-    """A function without arguments, and what its training step differentiates."""
+    """What is timed, on one of several inputs: decode in a loop on one would find its experts' weights in the L2 cache."""
 
-    run: Callable[[], torch.Tensor]
+    runs: list[Callable[[], torch.Tensor]]
     leaves: list[torch.Tensor]
+    """What a training step differentiates; it has one input."""
     dout: torch.Tensor
 
 
@@ -168,22 +171,26 @@ def _calls(layer: Layer, step: Step) -> tuple[Call, Call]:
     """The whole layer's, and its experts' on what its router gives them."""
     generator = torch.Generator(layer.device).manual_seed(1)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=layer.device, dtype=DTYPES[layer.dtype])
+    def draw() -> torch.Tensor:
+        shape = (step.sequences, step.length, layer.sizes.H)
+        return torch.randn(shape, generator=generator, device=layer.device, dtype=DTYPES[layer.dtype])
 
-    x, dout = (draw(step.sequences, step.length, layer.sizes.H) for _ in range(2))
-    given: list[torch.Tensor] = []
-    hook = layer.experts.register_forward_pre_hook(lambda module, inputs: given.extend(tensor.detach() for tensor in inputs))
+    inputs, dout = [draw() for _ in range(1 if step.length > 1 else ROTATED)], draw()
+    given: list[list[torch.Tensor]] = []
+    hook = layer.experts.register_forward_pre_hook(lambda module, rows: given.append([tensor.detach() for tensor in rows]))
     layer.use("eager")
     with hook, torch.no_grad():
-        layer.model(inputs_embeds=x, use_cache=False)
-    rows, index, weights = given
-    parameters = list(layer.experts.parameters())
+        for x in inputs:
+            layer.model(inputs_embeds=x, use_cache=False)
+    differentiated = [inputs[0], given[0][0], given[0][2]]
     if step.training:
-        x.requires_grad_(), rows.requires_grad_(), weights.requires_grad_()
+        for tensor in differentiated:
+            tensor.requires_grad_()
+    layers = [lambda x=x: layer.model(inputs_embeds=x, use_cache=False).last_hidden_state for x in inputs]
+    experts = [lambda rows=rows: layer.experts(*rows) for rows in given]
     return (
-        Call(lambda: layer.model(inputs_embeds=x, use_cache=False).last_hidden_state, [x, *_used(layer.model)], dout),
-        Call(lambda: layer.experts(rows, index, weights), [rows, weights, *parameters], dout.flatten(0, 1)),
+        Call(layers, [differentiated[0], *_used(layer.model)], dout),
+        Call(experts, [*differentiated[1:], *layer.experts.parameters()], dout.flatten(0, 1)),
     )
 
 
@@ -232,17 +239,24 @@ def _differs(layer: Layer, implementation: str, call: Call, expected: torch.Tens
 @torch.no_grad()
 def _output(layer: Layer, implementation: str, call: Call) -> torch.Tensor:
     layer.use(implementation)
-    return call.run()
+    return call.runs[0]()
 
 
 def _variant(layer: Layer, implementation: str, call: Call, *, training: bool) -> timing.Variant:
-    def run(_: object) -> None:
-        with contextlib.nullcontext() if training else torch.no_grad():
-            out = call.run()
-            if training:
-                torch.autograd.grad(out, call.leaves, call.dout)
+    inputs = itertools.cycle(call.runs)
 
-    return timing.Variant(run, prepare=lambda: layer.use(implementation))
+    def prepare() -> Callable[[], torch.Tensor]:
+        layer.use(implementation)
+        return next(inputs)
+
+    def run(forward: Callable[[], torch.Tensor]) -> None:
+        if training:
+            torch.autograd.grad(forward(), call.leaves, call.dout)
+        else:
+            with torch.no_grad():
+                forward()
+
+    return timing.Variant(run, prepare)
 
 
 def select(result: dict[str, Any]) -> list[dict[str, Any]]:
