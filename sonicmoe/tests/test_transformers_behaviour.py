@@ -105,6 +105,23 @@ def test_compiled_gpt_oss_experts_are_one_graph_with_the_same_gradients():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_experts_serve_every_length_with_at_most_three_graphs():
+    """The first length, any other one, and a single token: what a compiled generate() meets."""
+    experts, graphs = make_experts(), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (12, 7, 1, 9, 64):
+            inputs = make_routing(tokens)
+            assert torch.equal(compiled(*inputs), experts(*inputs))
+    assert len(graphs) <= 3
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_bit(reentrant):
     model = make_model().train()
