@@ -2,7 +2,7 @@
 
 A model of one decoder layer in its published sizes, with random weights and normally distributed inputs, runs with transformers' own
 implementations (eager, batched_mm, grouped_mm) and with this library's, in turns in one process; and so do its experts alone, on
-what the router gave them. Each output is compared with eager's first. The result goes to testing/results/, from where
+what the router gave them. Outputs and gradients are compared with eager's first. The result goes to testing/results/, from where
 `testing.readme_tables` takes docs/transformers.md's table. Needs the extra ``transformers``, which is imported when a layer is built.
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
@@ -32,7 +32,10 @@ SCOPES = ("layer", "experts")
 ROTATED = 8
 """Inputs of decode, one after the other."""
 LARGEST_DIFFERENCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-4, "fp64": 1e-10}
-"""Relative Frobenius difference from eager's output up to which an implementation computes the same: several roundings of each."""
+"""Relative Frobenius difference from eager up to which an implementation computes the same: several roundings of each.
+
+Gradients may differ by twice that, for they are rounded once more often.
+"""
 
 
 class Sizes(NamedTuple):
@@ -103,7 +106,7 @@ class Layer:
 
 
 def build(name: str, *, dtype: str, device: torch.device, tiny: bool = False) -> Layer:
-    """Random weights; two matrices of attention and experts alike are drawn so that activations stay of order one."""
+    """Random weights with a standard deviation of H^-1/2, so that activations stay of order one."""
     from transformers import AutoConfig, AutoModel
 
     import sonicmoe.integrations.transformers  # registers our implementation  # noqa: F401
@@ -137,13 +140,13 @@ def measure(layer: Layer, step_name: str, step: Step, implementations: Sequence[
     """
     layer.model.train(step.training)
     calls = dict(zip(SCOPES, _calls(layer, step), strict=True))
-    expected = {scope: _output(layer, "eager", call) for scope, call in calls.items()}
+    expected = {scope: _results(layer, "eager", call, training=step.training) for scope, call in calls.items()}
     variants, cells = {}, []
     for implementation in implementations:
         for scope, call in calls.items():
             cell = _describe(layer, step_name, step, implementation, scope)
             cells.append(cell)
-            cell["why"] = _why_not(layer, step, implementation) or _differs(layer, implementation, call, expected[scope], cell)
+            cell["why"] = _why_not(layer, step, implementation) or _compare(layer, implementation, call, expected[scope], cell)
             cell["passed"] = not cell["why"]
             if cell["passed"]:
                 variants[cell["name"]] = _variant(layer, implementation, call, training=step.training)
@@ -164,6 +167,8 @@ class Call(NamedTuple):
     runs: list[Callable[[], torch.Tensor]]
     leaves: list[torch.Tensor]
     """What a training step differentiates; it has one input."""
+    compared: list[int]
+    """Those of the leaves whose gradients must agree with eager's."""
     dout: torch.Tensor
 
 
@@ -188,15 +193,13 @@ def _calls(layer: Layer, step: Step) -> tuple[Call, Call]:
             tensor.requires_grad_()
     layers = [lambda x=x: layer.model(inputs_embeds=x, use_cache=False).last_hidden_state for x in inputs]
     experts = [lambda rows=rows: layer.experts(*rows) for rows in given]
+    parameters = list(layer.experts.parameters())
+    # The embedding is not looked up. Gradients of a layer's other parameters may be small sums of large terms.
+    others = [parameter for name, parameter in layer.model.named_parameters() if "embed_tokens" not in name and ".experts." not in name]
     return (
-        Call(layers, [differentiated[0], *_used(layer.model)], dout),
-        Call(experts, [*differentiated[1:], *layer.experts.parameters()], dout.flatten(0, 1)),
+        Call(layers, [inputs[0], *parameters, *others], list(range(1 + len(parameters))), dout),
+        Call(experts, [*differentiated[1:], *parameters], list(range(2 + len(parameters))), dout.flatten(0, 1)),
     )
-
-
-def _used(model: torch.nn.Module) -> list[torch.Tensor]:
-    """All parameters but the embedding, which is not looked up."""
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith("embed_tokens")]
 
 
 def _describe(layer: Layer, step_name: str, step: Step, implementation: str, scope: str) -> dict[str, Any]:
@@ -224,22 +227,34 @@ def _why_not(layer: Layer, step: Step, implementation: str) -> str:
     return f"needs {needed / 2**30:.0f} GiB for {rows} copies of experts"
 
 
-def _differs(layer: Layer, implementation: str, call: Call, expected: torch.Tensor, cell: dict[str, Any]) -> str:
-    """Why what an implementation returns may not be timed; its difference from eager goes into the cell."""
+def _compare(layer: Layer, implementation: str, call: Call, expected: list[torch.Tensor], cell: dict[str, Any]) -> str:
+    """Why an implementation may not be timed, or nothing; its largest difference from eager goes into the cell."""
     try:
-        got = _output(layer, implementation, call)
+        got = _results(layer, implementation, call, training=len(expected) > 1)
     except (ValueError, TypeError, RuntimeError) as error:  # refused, or out of memory
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    difference = (torch.linalg.norm(got.float() - expected.float()) / torch.linalg.norm(expected.float())).item()
-    cell["difference_from_eager"] = difference
+    output, *gradients = (_difference(own, other) for own, other in zip(got, expected, strict=True))
+    cell["difference_from_eager"] = max(output, *gradients, 0.0)
     limit = LARGEST_DIFFERENCE[layer.dtype]
-    return "" if difference <= limit else f"differs by {difference:.1e} from eager, must be at most {limit:.0e}"
+    for what, found, most in (("output", output, limit), ("a gradient", max(gradients, default=0.0), 2 * limit)):
+        if not found <= most:
+            return f"{what} differs by {found:.1e} from eager's, must be at most {most:.0e}"
+    return ""
 
 
-@torch.no_grad()
-def _output(layer: Layer, implementation: str, call: Call) -> torch.Tensor:
+def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(got.double() - expected.double()) / torch.linalg.vector_norm(expected.double())).item()
+
+
+def _results(layer: Layer, implementation: str, call: Call, *, training: bool) -> list[torch.Tensor]:
+    """The output and, in training, the gradients to compare."""
     layer.use(implementation)
-    return call.runs[0]()
+    if not training:
+        with torch.no_grad():
+            return [call.runs[0]()]
+    out = call.runs[0]()
+    gradients = torch.autograd.grad(out, call.leaves, call.dout)
+    return [out.detach(), *(gradients[place] for place in call.compared)]
 
 
 def _variant(layer: Layer, implementation: str, call: Call, *, training: bool) -> timing.Variant:
@@ -318,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES), help="default: bf16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: the GPU where there is one)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, a few calls: to try the command on a CPU")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: testing/results/transformers-DEVICE.json; none with --tiny")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: of a whole run testing/results/transformers-DEVICE.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "testing.transformers_layers", *(sys.argv[1:] if argv is None else argv)])
@@ -327,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {**described, "command": command, "tiny": arguments.tiny, "cells": list(_run(arguments))}
         result["versions"]["transformers"] = _transformers_version()
         out = arguments.out
-        if out is None and not arguments.tiny:
+        if out is None and not (arguments.tiny or arguments.models or arguments.steps):
             out = RESULTS / f"transformers-{re.sub(r'[^a-z0-9]+', '-', described['device'].lower()).strip('-')}.json"
         if out is not None:
             write_atomically(out, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -218,7 +218,7 @@ def run(rank: int, folder: str, processes: int, device_type: str) -> None:
     torch.set_default_device(device)
     store = dist.FileStore(f"{folder}/store", processes)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timedelta(minutes=5))
     found = {name: check() for name, check in CHECKS.items()}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -59,8 +59,22 @@ def test_a_wrong_result_is_not_timed_and_fails_the_command(capsys, monkeypatch):
     assert status == 1
     found = {cell["scope"]: cell for cell in result["cells"] if cell["implementation"] == layers.OURS}
     assert "ms" not in found["experts"]
-    assert found["experts"]["why"] == "differs by 1.0e-02 from eager, must be at most 1e-04"
+    assert found["experts"]["why"] == "output differs by 1.0e-02 from eager's, must be at most 1e-04"
     assert all(cell["passed"] for cell in result["cells"] if cell["implementation"] != layers.OURS)
+
+
+def test_a_wrong_gradient_is_not_timed(capsys, monkeypatch):
+    ours = ALL_EXPERTS_FUNCTIONS[layers.OURS]
+
+    def wrong(experts, x, index, weights):
+        return ours(experts, x, index, weights) + 0.01 * (x - x.detach())
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, layers.OURS, wrong)
+    status, result = run(capsys, "--dtype", "fp32", "--models", "Mixtral-8x7B", "--steps", "training")
+    assert status == 1
+    whys = {cell["name"].split("/", 2)[2]: cell["why"] for cell in result["cells"] if not cell["passed"]}
+    assert whys.keys() == {"sonicmoe_experts/layer", "sonicmoe_experts/experts"}
+    assert all(why.startswith("a gradient differs by") for why in whys.values())
 
 
 def test_what_is_refused_or_too_large_says_why(capsys, monkeypatch):
