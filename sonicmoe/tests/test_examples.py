@@ -37,7 +37,7 @@ def test_qwen3_moe_learns_and_is_saved_as_any_model(tmp_path):
 
 
 def test_two_processes_train_shards_and_save_whole_parameters(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     sizes = ("--steps", "20", "--context", "32", "--batch-size", "8", "--experts", "5", "--experts-per-token", "2", "--layers", "1")
     out = run_example("train_fsdp2.py", "--device", "cpu", *sizes, "--out", "model.pt", cwd=tmp_path, launcher=torchrun)
     processes, own, total = map(int, re.search(r"(\d+) processes, (\d+) of (\d+) parameters on rank 0", out).groups())
