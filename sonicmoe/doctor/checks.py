@@ -143,15 +143,21 @@ def _health(gpu: Gpu) -> Iterator[Finding]:
 
 
 def check_kernel(machine: Machine) -> Iterator[Finding]:
-    """One tiny kernel: run against its expected values on an sm_90 GPU, elsewhere compiled only."""
-    if any(gpu.capability == (9, 0) for gpu in _gpus(machine)):
-        answer = machine.ask("kernel")
-        if "error" in answer:
-            remedy = "mend what the checks above report, or read the log that the message names; then python -m sonicmoe doctor"
-            yield Finding("kernel", FAIL, f"gather_sum: {one_line(answer['error'])}", remedy)
-        else:
-            yield Finding("kernel", OK, f"gather_sum on {answer['device']} gave its expected values")
+    """One tiny kernel: compiled where there is a compiler, and run against its expected values on an sm_90 GPU."""
+    runs = any(gpu.capability == (9, 0) for gpu in _gpus(machine))
+    yield from _compile_kernel(machine, runs=runs)
+    if not runs:
         return
+    answer = machine.ask("kernel")
+    if "error" in answer:
+        remedy = "mend what the checks above report, or read the log that the message names; then python -m sonicmoe doctor"
+        yield Finding("kernel", FAIL, f"gather_sum: {one_line(answer['error'])}", remedy)
+    else:
+        yield Finding("kernel", OK, f"gather_sum on {answer['device']} gave its expected values")
+
+
+def _compile_kernel(machine: Machine, *, runs: bool) -> Iterator[Finding]:
+    """From the sources into a folder of its own, so that neither a prebuilt nor a cached kernel hides a broken compiler."""
     try:
         cute_runtime = machine.import_module("cute_runtime")
     except Exception as error:
@@ -163,12 +169,13 @@ def check_kernel(machine: Machine) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory(prefix="sonicmoe-doctor.") as folder:
             cute_runtime.build(variant, folder)
     except cute_runtime.MissingToolError as error:
-        yield Finding("kernel", SKIPPED, f"no sm_90 GPU to run a kernel, and none can be compiled: {error}")
+        alone = "prebuilt kernels only" if runs else "no sm_90 GPU to run a kernel either"
+        yield Finding("kernel", SKIPPED, f"none can be compiled, {alone}: {error}")
     except Exception as error:
         remedy = "mend what packages and imports report; python -m cute_runtime build --package dispatch --out DIR keeps the log"
         yield Finding("kernel", FAIL, f"gather_sum does not compile: {one_line(error)}", remedy)
     else:
-        yield Finding("kernel", OK, "gather_sum compiles for sm_90a; not run, there is no sm_90 GPU")
+        yield Finding("kernel", OK, f"gather_sum compiles for sm_90a{'' if runs else '; not run, there is no sm_90 GPU'}")
 
 
 def _driver(machine: Machine) -> Driver | None:

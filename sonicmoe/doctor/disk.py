@@ -14,7 +14,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Need:
-    """A folder, what goes there, how much of it and why, and the variable that moves it elsewhere."""
+    """A folder, what goes there, how much of it and why, and the variable that moves it elsewhere, empty for a virtual environment."""
 
     what: str
     folder: Path
@@ -32,7 +32,9 @@ def needs(machine: Machine) -> list[Need]:
     temporary = Path(environ.get("TMPDIR") or environ.get("TEMP") or environ.get("TMP") or "/tmp")
     installed = any(metadata.distributions(name="torch", **_search(machine)))
     wheels = "torch for CUDA and its libraries are 3 GiB of wheels"
+    packages = [] if installed else [Need("packages", machine.site_packages, 8, "the same unpacked, and the compiler", "")]
     return [
+        *packages,
         Need("compiled kernels", kernels, 1, "some 1000 kernels of up to 0.5 MiB and those of older sources", "SONICMOE_CACHE"),
         Need("pip's cache", pip, 0.5 if installed else 4, "torch is installed, updates only" if installed else wheels, "PIP_CACHE_DIR"),
         Need(
@@ -53,7 +55,10 @@ def check_disk(machine: Machine) -> Iterator[Finding]:
         place = _existing(need.folder)
         if not place.is_dir() or not os.access(place, os.W_OK):
             message = f"{need.what}: {need.folder} cannot be written, {place} is {'read-only' if place.is_dir() else 'not a folder'}"
-            yield Finding("disk", FAIL, message, f"export {need.move}=/a/folder/that/can/be/written")
+            remedy = (
+                f"export {need.move}=/a/folder/that/can/be/written" if need.move else "make a virtual environment: python -m venv .venv"
+            )
+            yield Finding("disk", FAIL, message, remedy)
             continue
         places[need.what] = place
         groups.setdefault(place.stat().st_dev, []).append(need)
@@ -65,8 +70,9 @@ def check_disk(machine: Machine) -> Iterator[Finding]:
         if free >= wanted:
             yield Finding("disk", OK, message)
         else:
-            moves = ", ".join(need.move for need in group)
-            remedy = f"free {wanted - free:.1f} GiB (python -m pip cache purge), or set {moves} to folders on a larger disk"
+            moves = [f"set {', '.join(variables)} to folders"] if (variables := [need.move for need in group if need.move]) else []
+            moves += ["make the virtual environment"] if any(not need.move for need in group) else []
+            remedy = f"free {wanted - free:.1f} GiB (python -m pip cache purge), or {' and '.join(moves)} on a larger disk"
             yield Finding("disk", FAIL, message, remedy)
 
 

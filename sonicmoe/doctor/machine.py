@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Machine:
         metadata_path: folders with the installed packages' ``.dist-info``; None is the import path.
         disk_usage: (total, used, free) bytes at a path.
         probe: see :func:`run_probe`.
+        site_packages: where pip installs packages.
         proc: the process file system.
         gpu_nodes: prefix of the device files that a process with a CUDA context holds open.
         environ: environment variables.
@@ -58,6 +60,7 @@ class Machine:
     metadata_path: list[str] | None = None
     disk_usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
     probe: Callable[[str], dict[str, Any]] = run_probe
+    site_packages: Path = field(default_factory=lambda: Path(sysconfig.get_path("purelib")))
     proc: Path = Path("/proc")
     gpu_nodes: str = "/dev/nvidia"
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)

@@ -13,6 +13,8 @@ from sonicmoe.doctor.machine import Machine
 
 _WATCHED = re.compile(r"nvidia-cutlass-dsl(-libs-.*)?|apache-tvm-ffi|torch|cuda-(bindings|python)")
 _OURS = "sonicmoe"
+_FOLDERS = ("sonicmoe", "routing", "dispatch", "cute_runtime", "testing")
+"""What we install into site-packages; another package's folder of that name and ours are one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Demand:
 
 
 def check_packages(machine: Machine) -> Iterator[Finding]:
-    """An unmet demand of sonicmoe or among the watched libraries fails; one of another package leaves sonicmoe working and warns."""
+    """An unmet demand of sonicmoe or among the watched libraries fails, as do files over ours; another package's demand warns."""
     try:
         machine.import_module("packaging.requirements")
     except Exception as error:
@@ -41,7 +43,7 @@ def check_packages(machine: Machine) -> Iterator[Finding]:
     installed, demands = read_installed(machine)
     if not any(demand.owner_name == _OURS for demand in demands):
         yield Finding("packages", SKIPPED, "sonicmoe's own demands are not known: it is neither installed nor beside its pyproject.toml")
-    found = []
+    found = list(_overwritten(machine))
     for package in sorted({*installed, *(demand.package for demand in demands)}):
         found += judge(package, installed.get(package, []), [demand for demand in demands if demand.package == package])
     yield from found
@@ -82,6 +84,21 @@ def read_installed(machine: Machine) -> tuple[dict[str, list[str]], list[Demand]
             if applies and _WATCHED.fullmatch(package):
                 demands.append(Demand(owner, package, requirement.specifier))
     return {name: list(versions) for name, versions in installed.items()}, sorted(demands, key=str)
+
+
+def _overwritten(machine: Machine) -> Iterator[Finding]:
+    """Packages that install files into a folder of ours: whichever came last is imported, in part or in whole."""
+    from packaging.utils import canonicalize_name
+
+    search = {} if machine.metadata_path is None else {"path": machine.metadata_path}
+    ours = re.compile(rf'^"?({"|".join(_FOLDERS)})/', re.MULTILINE)
+    for one in metadata.distributions(**search):
+        name = canonicalize_name((one.metadata and one.metadata["Name"]) or "")
+        folders = sorted({match[1] for match in ours.finditer(one.read_text("RECORD") or "")}) if name not in ("", _OURS) else []
+        if folders:
+            message = f"{name} {one.version} installs its own files into {', '.join(f'{folder}/' for folder in folders)}, as sonicmoe does"
+            again = f'python -m pip uninstall -y {name} && python -m pip install --force-reinstall --no-deps "{_OURS}"'
+            yield Finding("packages", FAIL, message, again)
 
 
 def _declared_here() -> list[str]:
