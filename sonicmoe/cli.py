@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "check the machine, and say what to do about what is wrong",
     "bench": "judge and time one layer of any size",
     "report": "judge and time the three standard loads, ending in PASS or FAIL",
+    "profile": "show what a layer's or a script's steps spend their time on",
     "train": "train a small MoE language model on real text",
     "convert": "write a checkpoint's experts in another form",
 }

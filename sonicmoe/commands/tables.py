@@ -1,4 +1,4 @@
-"""What `sonicmoe bench` and `sonicmoe report` print."""
+"""What the commands that measure a layer print."""
 
 import json
 import math

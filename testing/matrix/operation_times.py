@@ -7,14 +7,10 @@ current stream, and read when the run is over, so that nothing waits in between.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 
-import dispatch
-from sonicmoe import backends
-
-EXPERT_OPERATIONS = ("up_projection", "down_projection", "activation_backward", "down_weight_grad", "up_weight_grad", "dx_rows")
+from sonicmoe import operations
 
 
 class OperationTimes:
@@ -53,13 +49,6 @@ class OperationTimes:
 def operation_times(device: str) -> Iterator[OperationTimes]:
     """Time every operation of the layers that run inside."""
     times = OperationTimes(device)
-    modules: list[ModuleType] = [backends.load(name) for name in (("reference", "hopper") if times.on_gpu else ("reference",))]
-    places = [(module, name) for module in modules for name in EXPERT_OPERATIONS] + [(dispatch, "gather_sum")]
-    rights = [getattr(module, name) for module, name in places]
-    for (module, name), right in zip(places, rights, strict=True):
-        setattr(module, name, times.timed(name, right))
-    try:
+    backend_names = ("reference", "hopper") if times.on_gpu else ("reference",)
+    with operations.wrapped(times.timed, backend_names=backend_names):
         yield times
-    finally:
-        for (module, name), right in zip(places, rights, strict=True):
-            setattr(module, name, right)
