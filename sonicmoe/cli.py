@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "judge and time one layer of any size",
     "report": "judge and time the three standard loads, ending in PASS or FAIL",
     "profile": "show what a layer's or a script's steps spend their time on",
+    "input": "measure how long steps wait for their input",
     "train": "train a small MoE language model on real text",
     "convert": "write a checkpoint's experts in another form",
 }

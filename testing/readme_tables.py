@@ -20,6 +20,7 @@ BEGIN = "<!-- tables of testing/results/, written by `python -m testing.readme_t
 """In every document the same: each has one place for its tables."""
 END = "<!-- end -->"
 NONE_RECORDED = "No speed is recorded yet."
+NO_INPUT_RECORDED = "No wait for input is recorded yet."
 
 
 def speed_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,9 +36,11 @@ class Tables(NamedTuple):
     """A recorded result's cells that are shown; results without any are not for this document."""
     table: Callable[[dict[str, Any]], str]
     """Markdown of one result."""
+    none: str = NONE_RECORDED
+    """What stands there without any result."""
 
     def markdown(self, folder: Path) -> str:
-        return "\n".join(self.table(result) for result in newest(folder, self.select)) or NONE_RECORDED + "\n"
+        return "\n".join(self.table(result) for result in newest(folder, self.select)) or self.none + "\n"
 
 
 def newest(folder: Path, select: Callable[[dict[str, Any]], list[dict[str, Any]]] = speed_cells) -> list[dict[str, Any]]:
@@ -69,8 +72,28 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def input_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of `sonicmoe input`."""
+    return [cell for cell in result["cells"] if "input_wait_share" in cell]
+
+
+def _input_table(result: dict[str, Any]) -> str:
+    lines = [machine_text(result) + ":", ""]
+    lines += [
+        "| T,H,I,E,K | input | batch MiB | step ms | wait ms | share of step | slower than resident |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {thiek_text(cell['thiek'])} | {cell['input']} | {cell['batch_mib']:g} | {cell['ms']:.3f} | {cell['input_wait_ms']:.3f} "
+        f"| {cell['input_wait_share']:.2%} | {cell['slower_than_resident']:+.1%} |"
+        for cell in input_cells(result)
+    ]
+    return "\n".join(lines) + "\n"
+
+
 TABLES = (
     Tables("README.md", speed_cells, _table),
+    Tables("docs/input.md", input_cells, _input_table, NO_INPUT_RECORDED),
     Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),
 )
 

@@ -54,6 +54,18 @@ def speed_table(cells: list[dict[str, Any]]) -> Table:
     return table
 
 
+def input_table(cells: list[dict[str, Any]]) -> Table:
+    first = cells[0]
+    table = Table(title=f"Input of {first['input_gib']:g} GiB in batches of {first['batch_mib']:g} MiB", title_justify="left")
+    for column in ("input", "step ms", "spread", "wait ms", "share of step", "slower than resident"):
+        table.add_column(column, justify="left" if column == "input" else "right")
+    for cell in cells:
+        numbers = (f"{cell['ms']:.3f}", f"{cell['ms_spread']:.3f}", f"{cell['input_wait_ms']:.3f}")
+        table.add_row(cell["input"], *numbers, f"{cell['input_wait_share']:.2%}", f"{cell['slower_than_resident']:+.1%}")
+    table.caption = "wait: from the end of a step's work to the begin of the next one's; medians of groups of steps"
+    return table
+
+
 def rows_table(rows: Rows) -> Table:
     means = rows.means()
     table = Table(title=f"Rows at tile_m {rows.tile_m}", title_justify="left")
@@ -85,7 +97,12 @@ def accuracy_cell(problem: Problem, judged: Judged) -> dict[str, Any]:
     return {**problem.describe(), "mode": "accuracy", "errors": errors, "reference": reference, **verdict}
 
 
-def print_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> None:
-    """The result in the format of recorded results, on stdout."""
+def result_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> str:
+    """The result in the format of recorded results."""
     command = shlex.join(["sonicmoe", *sys.argv[1:]])
-    print(json.dumps({**environment, "command": command, **more, "cells": cells}, indent=2, allow_nan=False))
+    return json.dumps({**environment, "command": command, **more, "cells": cells}, indent=2, allow_nan=False)
+
+
+def print_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> None:
+    """`result_json` on stdout."""
+    print(result_json(environment, cells, **more))

@@ -83,6 +83,21 @@ def test_each_document_shows_the_results_that_are_its_own(place):
     assert text.count("- not timed: gpt-oss-20b, decode 8, grouped_mm: RuntimeError: not here\n") == 1
 
 
+def test_waits_for_input_go_into_their_own_document(place):
+    place.record("speed", "H100", "2026-03-01", 0.61)
+    waits = {"thiek": [32768, 4096, 1024, 128, 8], "input": "pinned", "batch_mib": 256.0, "ms": 40.0, "input_wait_ms": 5.0}
+    waits |= {"input_wait_share": 0.125, "slower_than_resident": 0.1428, "tflops": 500.0}
+    place.record("input", "H100", "2026-01-01", 0.61, cells=[waits])
+    _, readme = place()
+    page = place.root / "docs" / "input.md"
+    row = "| 32768,4096,1024,128,8 | pinned | 256 | 40.000 | 5.000 | 12.50% | +14.3% |"
+    assert [line for line in page.read_text().splitlines() if line.startswith("| 3")] == [row]
+    assert "pinned" not in readme
+    (place.root / "results" / "input.json").unlink()
+    place()
+    assert readme_tables.NO_INPUT_RECORDED in page.read_text()
+
+
 def test_what_is_no_result_is_refused_in_one_line(place, capsys):
     bad = place.root / "results" / "bad.json"
     bad.write_text('{"device": "H100", "cells": []}')
