@@ -36,7 +36,7 @@ def launch(expert_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
         return expert_index.new_zeros(num_experts, dtype=torch.int32), expert_index.new_zeros(num_experts, dtype=torch.int32)
     index = DTYPE_NAME[expert_index.dtype]
     cumsum = expert_index.new_empty(num_experts, dtype=torch.int32)
-    with torch.cuda.device(expert_index.device):
+    with cute_runtime.on_device(expert_index.device):
         if num_experts < MAX_BINS:
             count = torch.empty_like(cumsum)
             length, counts = chunks(expert_index, num_experts + 1)

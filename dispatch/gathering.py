@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import gather_sum_hopper
-from dispatch.operators import check_backend, operator
+from dispatch.operators import check_backend, differentiable, operator
 from dispatch.types import DispatchPlan
 
 # Elements of the one float32 block that is in flight at a time: it stays in a core's cache on a CPU, fills the machine on a GPU.
@@ -38,6 +38,35 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
         score       = [1, 2, 3, 4]
         o           = [[1 * 30 + 2 * 10], [3 * 20 + 4 * 40]] = [[50], [220]]
     """
+    if not _is_sound(rows, score, plan.slot_to_row):
+        _refuse(rows, score, plan)
+    check_backend(backend)
+    return _gather_sum(
+        rows,
+        score,
+        plan.slot_to_row,
+        plan.row_to_slot,
+        plan.row_to_token,
+        plan.token_offsets,
+        plan.token_slots,
+        plan.slots_per_token,
+        backend,
+    )
+
+
+def _is_sound(rows: torch.Tensor, score: torch.Tensor | None, slot_to_row: torch.Tensor) -> bool:
+    """The conditions of _refuse in one expression: the usual case costs no more than reading its attributes."""
+    device, slots = slot_to_row.device, slot_to_row.shape
+    return (
+        rows.dim() == 2
+        and rows.shape[0] == slots[0]
+        and rows.device == device
+        and rows.is_floating_point()
+        and (score is None or (score.shape == slots and score.device == device and score.is_floating_point()))
+    )
+
+
+def _refuse(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan) -> None:
     slots = plan.slot_to_row.shape[0]
     if not rows.is_floating_point():
         raise TypeError(f"rows: dtype {rows.dtype}: must be a floating-point dtype")
@@ -52,18 +81,6 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
             raise ValueError(f"score: shape {tuple(score.shape)}: must be (R,) with the plan's R={slots}")
         if score.device != rows.device:
             raise ValueError(f"score: device {score.device}: must be rows' device {rows.device}")
-    check_backend(backend)
-    return _gather_sum(
-        rows,
-        score,
-        plan.slot_to_row,
-        plan.row_to_slot,
-        plan.row_to_token,
-        plan.token_offsets,
-        plan.token_slots,
-        plan.slots_per_token,
-        backend,
-    )
 
 
 @operator("sonicmoe_dispatch::gather_sum")
@@ -180,7 +197,7 @@ def _backward(ctx, out_grad: torch.Tensor):
     return rows_grad, score_grad, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("sonicmoe_dispatch::gather_sum", _backward, setup_context=_setup_context)
+differentiable(_gather_sum, _backward, _setup_context)
 
 
 def _sum_dtype(rows: torch.Tensor) -> torch.dtype:

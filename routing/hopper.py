@@ -2,7 +2,7 @@
 
 import torch
 
-import cute_runtime
+from dispatch.operators import is_hopper
 
 MOST_CHOSEN = 32
 """Largest K, and largest groups_per_token, of the top-K kernel: its list of the best has one entry a lane."""
@@ -17,13 +17,5 @@ def supports(logits: torch.Tensor, k: int, groups_per_token: int) -> bool:
     rounding. Everything else, float64 and CPU tensors among it, is PyTorch's. Nothing is decided by an error: where a kernel is
     missing or fails, that is raised.
     """
-    within = logits.dtype in DTYPE_NAME and max(k, groups_per_token) <= MOST_CHOSEN
-    return within and logits.is_cuda and _is_sm90(logits.device)
-
-
-def _is_sm90(device: torch.device) -> bool:
-    if torch.compiler.is_compiling():
-        # The one of these functions whose result torch.compile takes for a constant.
-        properties = torch.cuda.get_device_properties(device)
-        return (properties.major, properties.minor) == (9, 0)
-    return cute_runtime.is_supported_device(device)
+    within = logits.dtype in DTYPE_NAME and k <= MOST_CHOSEN and groups_per_token <= MOST_CHOSEN
+    return within and is_hopper(logits.device)

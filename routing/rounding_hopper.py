@@ -45,7 +45,7 @@ def rounded_slots(
     slots_per_token = chosen.shape[0] // num_tokens
     # With the softmax taken after the choice, an expert still ranks its tokens by the softmax over all experts.
     ranked_by = "sigmoid" if scoring == "sigmoid" else "softmax"
-    with torch.cuda.device(logits.device):
+    with cute_runtime.on_device(logits.device):
         _kernel(variants.rounding_keys, scoring=ranked_by)(logits.contiguous(), chosen, keys, slots_per_token)
         _kernel(variants.rounding_select, mode=mode)(keys, counts, draws, kept, added, tile_m)
         _kernel(variants.rounding_slots, step="count")(kept, added, slot_counts)

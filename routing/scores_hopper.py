@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 import cute_runtime
-from dispatch.operators import operator
+from dispatch.operators import differentiable, operator
 from routing.hopper import DTYPE_NAME
 from routing.kernels import variants
 
@@ -25,7 +25,7 @@ def slot_scores(
     score = torch.empty_like(expert_index, dtype=torch.float32)
     if score.shape[0]:
         divides = renormalize and scoring != "softmax_topk"
-        with torch.cuda.device(logits.device):
+        with cute_runtime.on_device(logits.device):
             _scores_kernel(scoring)(logits.contiguous(), expert_index, token_offsets, score, int(divides), scale)
     return score
 
@@ -55,7 +55,7 @@ def slot_scores_grad(
     if expert_index.shape[0] == 0:
         return logits_grad.zero_()
     divides = renormalize and scoring != "softmax_topk"
-    with torch.cuda.device(logits.device):
+    with cute_runtime.on_device(logits.device):
         _grad_kernel(logits.dtype, token_offsets is None, scoring)(
             logits.contiguous(),
             expert_index,
@@ -93,7 +93,7 @@ def _backward(ctx, score_grad: torch.Tensor):
     return slot_scores_grad(logits, expert_index, token_offsets, score_grad, 0, *ctx.settings), None, None, None, None, None
 
 
-torch.library.register_autograd("sonicmoe_routing::slot_scores", _backward, setup_context=_setup_context)
+differentiable(slot_scores, _backward, _setup_context)
 
 
 @functools.cache

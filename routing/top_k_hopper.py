@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 import cute_runtime
-from dispatch.operators import operator
+from dispatch.operators import differentiable, operator
 from routing.hopper import DTYPE_NAME
 from routing.kernels import variants
 from routing.scores_hopper import slot_scores_grad
@@ -40,7 +40,7 @@ def top_k_hopper(
         elif scoring != "softmax_topk" and num_groups > 1 and group_score == "top2":
             by = "score"
         divides = renormalize and scoring != "softmax_topk"
-        with torch.cuda.device(logits.device):
+        with cute_runtime.on_device(logits.device):
             _kernel(logits.dtype, scoring, by)(
                 logits.contiguous(),
                 selection_bias,
@@ -79,17 +79,20 @@ def _outputs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros in place of the indices' gradients
     logits, _, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale, *_ = inputs
     ctx.save_for_backward(logits, output[1])
 
 
 def _backward(ctx, token_index_grad: None, expert_index_grad: None, score_grad: torch.Tensor):
+    if score_grad is None:
+        return (None,) * 9
     logits, expert_index = ctx.saved_tensors
     grad = slot_scores_grad(logits, expert_index, None, score_grad, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale)
     return grad, None, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("sonicmoe_routing::top_k", _backward, setup_context=_setup_context)
+differentiable(top_k_hopper, _backward, _setup_context)
 
 
 @functools.cache

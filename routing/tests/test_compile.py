@@ -58,4 +58,4 @@ def test_debug_switch_works_in_compiled_code() -> None:
 
 @pytest.mark.parametrize("value", [torch.randn(6, 4), torch.randn(2, 3, 5, dtype=torch.float64), torch.empty(0, 4)])
 def test_operator_passes_the_checks_of_torch_library(value: torch.Tensor) -> None:
-    torch.library.opcheck(largest, (value, 2))
+    torch.library.opcheck(largest.op, (value, 2))

@@ -218,9 +218,9 @@ def test_operators_pass_the_checks_of_torch_library():
     chosen = top_k(logits, 2).expert_index
     counts = torch.bincount(chosen, minlength=8).int()
     arguments = (logits, chosen, counts, None, capacity(12, 8, 2, 4, "nearest"), 4, "nearest", "softmax")
-    torch.library.opcheck(rounded_slots, arguments)
+    torch.library.opcheck(rounded_slots.op, arguments)
     _, expert_index, token_offsets = rounded_slots(*arguments)
-    torch.library.opcheck(slot_scores, (logits.requires_grad_(), expert_index, token_offsets, "softmax", True, 1.0))
+    torch.library.opcheck(slot_scores.op, (logits.requires_grad_(), expert_index, token_offsets, "softmax", True, 1.0))
 
 
 def median_us(launches, rounds=12):

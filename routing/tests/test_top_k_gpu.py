@@ -253,7 +253,7 @@ def test_operator_passes_the_checks_of_torch_library():
     logits = random_logits(12, 8).cuda().requires_grad_()
     arguments = (logits, None, 2, "softmax", True, 1.0, 1, 1, "top2")
     # Its aot_dispatch test cannot add up outputs that are integers first and floats then; the test above is for that.
-    torch.library.opcheck(top_k_hopper, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(top_k_hopper.op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_debug_switch_reports_non_finite_logits():
