@@ -4,6 +4,6 @@ from dispatch import debug
 from dispatch.counting import count_cumsum
 from dispatch.gathering import gather_sum
 from dispatch.planning import plan
-from dispatch.types import DispatchPlan
+from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
-__all__ = ["DispatchPlan", "count_cumsum", "debug", "gather_sum", "plan"]
+__all__ = ["DispatchPlan", "count_cumsum", "debug", "gather_sum", "pack", "packed_size", "plan", "unpack"]

@@ -13,13 +13,18 @@ DTYPE_NAME = {torch.int32: "int32", torch.int64: "int64"}
 
 
 def chunks(key: torch.Tensor, bins: int) -> tuple[int, torch.Tensor]:
-    """Positions a chunk of ``key`` (R,), R >= 1, and an uninitialised (chunks, S) int32 beside it, S >= bins a multiple of 4.
+    """Positions a chunk of ``key`` (R,), R >= 1, and an uninitialised (chunks, S) int32 beside it, S >= bins a multiple of 4."""
+    length, shape = chunk_sizes(key.shape[0], bins, key.device)
+    return length, key.new_empty(shape, dtype=torch.int32)
+
+
+def chunk_sizes(slots: int, bins: int, device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Positions a chunk and the shape (chunks, S) of the counts.
 
     At most one chunk a multiprocessor: every block of the second launch reads all counts.
     """
-    slots = key.shape[0]
-    length = -(-slots // (_multiprocessors(key.device) * TILE)) * TILE
-    return length, key.new_empty(-(-slots // length), -(-bins // 4) * 4, dtype=torch.int32)
+    length = -(-slots // (multiprocessors(device) * TILE)) * TILE
+    return length, (-(-slots // length), -(-bins // 4) * 4)
 
 
 def check_sizes(most: int = MAX_SIZE, **sizes: int) -> None:
@@ -30,5 +35,6 @@ def check_sizes(most: int = MAX_SIZE, **sizes: int) -> None:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,7 +5,8 @@ import torch
 from dispatch import count_hopper
 from dispatch.operators import check_backend, operator
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
+ID_DTYPES = (torch.int32, torch.int64)
 
 
 def count_cumsum(
@@ -71,15 +72,15 @@ def histogram(buckets: torch.Tensor, size: int) -> torch.Tensor:
 
 def check_ids(name: str, index: torch.Tensor) -> None:
     """Refuse anything but a 1-D int32 or int64 tensor that int32 positions can address."""
-    if index.dtype not in (torch.int32, torch.int64):
+    if index.dtype not in ID_DTYPES:
         raise TypeError(f"{name}: dtype {index.dtype}: must be torch.int32 or torch.int64")
     if index.dim() != 1:
         raise ValueError(f"{name}: shape {tuple(index.shape)}: must have one dimension")
-    if index.shape[0] > _INT32_MAX:
-        raise ValueError(f"{name}: length {index.shape[0]}: must be at most {_INT32_MAX}, positions are int32")
+    if index.shape[0] > INT32_MAX:
+        raise ValueError(f"{name}: length {index.shape[0]}: must be at most {INT32_MAX}, positions are int32")
 
 
 def check_size(name: str, value: int, *, least: int) -> None:
     """Refuse a size below ``least`` or beyond what int32 indices can address."""
-    if value < least or value >= _INT32_MAX:
-        raise ValueError(f"{name}={value}: must be between {least} and {_INT32_MAX - 1}")
+    if value < least or value >= INT32_MAX:
+        raise ValueError(f"{name}={value}: must be between {least} and {INT32_MAX - 1}")

@@ -69,8 +69,8 @@ def launch(
     if rows.shape[0] == 0:
         return out.zero_()
     uniform = slots_per_token is not None
-    with torch.cuda.device(rows.device):
-        _kernel(rows.dtype, uniform, score is not None)(
+    with cute_runtime.on_device(rows.device):
+        kernel(rows.dtype, uniform, score is not None)(
             rows,
             score,
             slot_to_row,
@@ -83,5 +83,6 @@ def launch(
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, uniform: bool, scored: bool) -> Callable[..., None]:
+def kernel(dtype: torch.dtype, uniform: bool, scored: bool) -> Callable[..., None]:
+    """The kernel as it is launched: (rows, score, slot_to_row, token_offsets | None, token_slots | None, out, K)."""
     return cute_runtime.load(variants.gather_sum(dtype=_DTYPE_NAME[dtype], form="uniform" if uniform else "csr", scored=scored))

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 
 import cute_runtime
-from dispatch.chunk_counts import DTYPE_NAME, MAX_SIZE, check_sizes, chunks
+from dispatch.chunk_counts import DTYPE_NAME, MAX_SIZE, check_sizes, chunk_sizes, chunks
 from dispatch.kernels import variants
 from dispatch.kernels.sizes import MAX_BINS
-
-Indices = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+from dispatch.types import DispatchPlan, packed_size, unpack
 
 
 class Digit(NamedTuple):
@@ -30,17 +29,18 @@ class Digit(NamedTuple):
     bins: int
 
 
-def digits(size: int) -> list[Digit]:
+@functools.lru_cache(maxsize=256)
+def digits(size: int) -> tuple[Digit, ...]:
     """The digits of keys in [0, size], lowest first, in as few passes as there can be and of equal length.
 
     Worked example: 128 -> one digit of 129 bins, the key itself; 50_000 -> two of 8 bits; 4_000_000 -> three of 8 bits.
     """
     if size < MAX_BINS:
-        return [Digit(0, 2**31 - 1, size + 1)]
+        return (Digit(0, 2**31 - 1, size + 1),)
     most = MAX_BINS.bit_length() - 1
     passes = -(-size.bit_length() // most)
     bits = -(-size.bit_length() // passes)
-    return [Digit(number * bits, 2**bits - 1, 2**bits) for number in range(passes)]
+    return tuple(Digit(number * bits, 2**bits - 1, 2**bits) for number in range(passes))
 
 
 def supports(expert_index: torch.Tensor, num_tokens: int, num_experts: int) -> bool:
@@ -51,72 +51,114 @@ def supports(expert_index: torch.Tensor, num_tokens: int, num_experts: int) -> b
 
 def launch(
     token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
-) -> Indices:
-    """The six tensors of a DispatchPlan, in its order, on the current stream; the arguments are those of :func:`dispatch.plan`, checked.
+) -> tuple[torch.Tensor, DispatchPlan]:
+    """The plan and the tensor that it is made of, on the current stream; the arguments are those of :func:`dispatch.plan`, checked.
 
     Strided ids are copied first. With slots_per_token, token_index is not read.
 
     Raises:
         ValueError: a size or a device that the kernels cannot take.
     """
-    slots, device = expert_index.shape[0], expert_index.device
+    slots = expert_index.shape[0]
     check_sizes(slots=slots, num_tokens=num_tokens, num_experts=num_experts)
     token_index, expert_index = token_index.contiguous(), expert_index.contiguous()
     cute_runtime.check_launch(alignment=4, expert_index=expert_index, token_index=token_index)
-    if slots == 0:
-        empty = [torch.empty(0, dtype=torch.int32, device=device) for _ in range(4)]
-        offsets, token_offsets = (torch.zeros(size + 1, dtype=torch.int32, device=device) for size in (num_experts, num_tokens))
-        return offsets, *empty[:3], token_offsets, empty[3]
-    with torch.cuda.device(device):
-        if slots_per_token is not None:
-            return _plan_uniform(expert_index, num_tokens, num_experts, slots_per_token)
-        return _plan_any(token_index, expert_index, num_tokens, num_experts)
+    with cute_runtime.on_device(expert_index.device):
+        if slots and slots_per_token is not None and num_experts < MAX_BINS:
+            return uniform_launch(num_tokens, num_experts, slots_per_token, expert_index.dtype, expert_index.device)(expert_index)
+        packed = expert_index.new_empty(packed_size(slots, num_tokens, num_experts), dtype=torch.int32)
+        plan = unpack(packed, slots, num_tokens, num_experts, slots_per_token)
+        if slots == 0:
+            packed.zero_()
+        elif slots_per_token is not None:
+            _plan_uniform(expert_index, plan)
+        else:
+            _plan_any(token_index, expert_index, plan)
+    return packed, plan
 
 
-def _plan_uniform(expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int) -> Indices:
-    *low_digits, last = digits(num_experts)
-    key, order = expert_index, None
-    if low_digits:
-        key = _like(expert_index)
-        _load_keys(expert_index.dtype, False)(None, expert_index, None, key, num_tokens, num_experts)
-        order = _sorted_slots(key, None, num_experts, low_digits)
-    row_to_slot, row_to_token, slot_to_row, token_slots = (_like(key) for _ in range(4))
-    # Without a dtype, of an int32 tensor: half the host time.
-    offsets, token_offsets = row_to_slot.new_empty(num_experts + 1), row_to_slot.new_empty(num_tokens + 1)
-    rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
-    _place("uniform", key, order, last, num_experts, None, None, *rows, slots_per_token)
-    if low_digits:
-        _load_bounds()(key, row_to_slot, offsets)
-    return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
+class UniformLaunch(NamedTuple):
+    """A plan of K slots a token and fewer than MAX_BINS experts, for fixed sizes: one pass, two launches."""
+
+    kernel: Callable[..., None]
+    size: int
+    """Elements of the packed plan."""
+    sizes: tuple[int, int, int, int, int, int]
+    """Of the packed plan's parts, as types.unpack has them."""
+    counts: tuple[int, int]
+    """Shape of the chunks' counts."""
+    numbers: tuple[int, int, int, int, int]
+    """The kernel's last arguments."""
+
+    def __call__(self, expert_index: torch.Tensor) -> tuple[torch.Tensor, DispatchPlan]:
+        """``expert_index`` (R,) is checked, contiguous, and on the current device."""
+        packed = expert_index.new_empty(self.size, dtype=torch.int32)
+        row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets = packed.split_with_sizes(self.sizes)
+        counts = packed.new_empty(self.counts)
+        rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
+        self.kernel(expert_index, None, counts, None, None, *rows, *self.numbers)
+        experts, tokens, k = self.sizes[4] - 1, self.sizes[5] - 1, self.numbers[4]
+        return packed, DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, tokens, experts, k)
 
 
-def _plan_any(token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int) -> Indices:
+@functools.lru_cache(maxsize=1024)
+def uniform_launch(num_tokens: int, num_experts: int, slots_per_token: int, index: torch.dtype, device: torch.device) -> UniformLaunch:
+    """Loads the kernel; R >= 1."""
+    (digit,) = digits(num_experts)
+    slots = num_tokens * slots_per_token
+    length, counts = chunk_sizes(slots, digit.bins, device)
+    return UniformLaunch(
+        _load_place(index, False, "uniform"),
+        packed_size(slots, num_tokens, num_experts),
+        (slots, slots, slots, slots, num_experts + 1, num_tokens + 1),
+        counts,
+        (length, num_experts, digit.shift, digit.mask, slots_per_token),
+    )
+
+
+def _plan_uniform(expert_index: torch.Tensor, plan: DispatchPlan) -> None:
+    """The same for any number of experts: passes over sorted slots before the last one."""
+    *low_digits, last = digits(plan.num_experts)
+    key = _like(expert_index)
+    _load_keys(expert_index.dtype, False)(None, expert_index, None, key, plan.num_tokens, plan.num_experts)
+    order = _sorted_slots(key, None, plan.num_experts, low_digits)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.token_offsets, plan.token_slots)
+    _place("uniform", key, order, last, plan.num_experts, None, None, *rows, plan.slots_per_token)
+    _load_bounds()(key, plan.row_to_slot, plan.offsets)
+
+
+def _plan_any(token_index: torch.Tensor, expert_index: torch.Tensor, plan: DispatchPlan) -> None:
     if token_index.dtype != expert_index.dtype:
         token_index, expert_index = token_index.long(), expert_index.long()
     token_key, expert_key = _like(token_index), _like(expert_index)
-    _load_keys(expert_index.dtype, True)(token_index, expert_index, token_key, expert_key, num_tokens, num_experts)
-    token_slots = _sorted_slots(token_key, None, num_tokens, digits(num_tokens))
-    token_offsets = token_key.new_empty(num_tokens + 1)
-    _load_bounds()(token_key, token_slots, token_offsets)
+    _load_keys(expert_index.dtype, True)(token_index, expert_index, token_key, expert_key, plan.num_tokens, plan.num_experts)
+    _sort_slots(token_key, None, plan.num_tokens, digits(plan.num_tokens), plan.token_slots)
+    _load_bounds()(token_key, plan.token_slots, plan.token_offsets)
 
-    *low_digits, last = digits(num_experts)
-    order = _sorted_slots(expert_key, token_slots, num_experts, low_digits)
-    offsets = expert_key.new_empty(num_experts + 1)
-    row_to_slot, row_to_token, slot_to_row = (_like(expert_key) for _ in range(3))
-    rows = (offsets, row_to_slot, row_to_token, slot_to_row, None, None)
-    _place("rows", expert_key, order, last, num_experts, token_key, None, *rows, 0)
+    *low_digits, last = digits(plan.num_experts)
+    order = plan.token_slots
     if low_digits:
-        _load_bounds()(expert_key, row_to_slot, offsets)
-    return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
+        order = _sorted_slots(expert_key, order, plan.num_experts, low_digits)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, None, None)
+    _place("rows", expert_key, order, last, plan.num_experts, token_key, None, *rows, 0)
+    if low_digits:
+        _load_bounds()(expert_key, plan.row_to_slot, plan.offsets)
 
 
-def _sorted_slots(key: torch.Tensor, order: torch.Tensor | None, size: int, passes: list[Digit]) -> torch.Tensor | None:
+def _sorted_slots(key: torch.Tensor, order: torch.Tensor | None, size: int, passes: tuple[Digit, ...]) -> torch.Tensor:
     """The slots of ``order`` (None: 0, 1, ...) sorted stably by the given digits of their keys, lowest first."""
-    for digit in passes:
+    order_out = _like(key)
+    _sort_slots(key, order, size, passes, order_out)
+    return order_out
+
+
+def _sort_slots(key: torch.Tensor, order: torch.Tensor | None, size: int, passes: tuple[Digit, ...], out: torch.Tensor) -> None:
+    """The same into ``out`` (R,)."""
+    for digit in passes[:-1]:
         order_out = _like(key)
         _place("order", key, order, digit, size, None, order_out, *[None] * 6, 0)
         order = order_out
-    return order
+    _place("order", key, order, passes[-1], size, None, out, *[None] * 6, 0)
 
 
 def _place(

@@ -3,9 +3,9 @@
 import torch
 
 from dispatch import debug, plan_hopper
-from dispatch.counting import bucket, check_ids, check_size, histogram
-from dispatch.operators import check_backend, operator
-from dispatch.types import DispatchPlan
+from dispatch.counting import ID_DTYPES, INT32_MAX, bucket, check_ids, check_size, histogram
+from dispatch.operators import check_backend, is_direct, operator
+from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
 
 def plan(
@@ -46,6 +46,34 @@ def plan(
         row_to_slot   = [1, 0, 3, -1]     row_to_token = [0, 1, 0, -1]     slot_to_row = [1, 0, -1, 2]
         token_offsets = [0, 2, 3]         token_slots  = [1, 3, 0, 2]      (slot 2 lies behind token_offsets[T])
     """
+    if not _is_sound(token_index, expert_index, num_tokens, num_experts, slots_per_token):
+        _refuse(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    check_backend(backend)
+    if is_direct((token_index, expert_index)):
+        return _make(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)[1]
+    packed = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)
+    return unpack(packed, expert_index.shape[0], num_tokens, num_experts, slots_per_token)
+
+
+def _is_sound(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> bool:
+    """The conditions of _refuse in one expression: the usual case costs no more than reading its attributes."""
+    shape = expert_index.shape
+    return (
+        expert_index.dtype in ID_DTYPES
+        and token_index.dtype in ID_DTYPES
+        and len(shape) == 1
+        and token_index.shape == shape
+        and shape[0] <= INT32_MAX
+        and 0 <= num_tokens < INT32_MAX
+        and 1 <= num_experts < INT32_MAX
+        and token_index.device == expert_index.device
+        and (slots_per_token is None or (slots_per_token >= 1 and num_tokens * slots_per_token == shape[0]))
+    )
+
+
+def _refuse(token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None) -> None:
     check_ids("token_index", token_index)
     check_ids("expert_index", expert_index)
     check_size("num_tokens", num_tokens, least=0)
@@ -54,16 +82,11 @@ def plan(
         raise ValueError(f"token_index: length {token_index.shape[0]}: must equal expert_index's length {expert_index.shape[0]}")
     if token_index.device != expert_index.device:
         raise ValueError(f"token_index: device {token_index.device}: must equal expert_index's device {expert_index.device}")
-    if slots_per_token is not None:
-        check_size("slots_per_token", slots_per_token, least=1)
-        if num_tokens * slots_per_token != token_index.shape[0]:
-            raise ValueError(
-                f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {token_index.shape[0]} slots, "
-                f"num_tokens is {num_tokens}"
-            )
-    check_backend(backend)
-    indices = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)
-    return DispatchPlan(*indices, num_tokens, num_experts, slots_per_token)
+    check_size("slots_per_token", slots_per_token, least=1)
+    raise ValueError(
+        f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {token_index.shape[0]} slots, "
+        f"num_tokens is {num_tokens}"
+    )
 
 
 @operator("sonicmoe_dispatch::plan")
@@ -74,12 +97,8 @@ def _plan(
     num_experts: int,
     slots_per_token: int | None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if debug.enabled():
-        _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
-    if backend == "hopper" or (backend == "auto" and plan_hopper.supports(expert_index, num_tokens, num_experts)):
-        return plan_hopper.launch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
-    return _plan_torch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+) -> torch.Tensor:
+    return _make(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)[0]
 
 
 @torch.library.register_fake("sonicmoe_dispatch::plan")
@@ -90,17 +109,25 @@ def _(
     num_experts: int,
     slots_per_token: int | None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    def indices(size: int) -> torch.Tensor:
-        return token_index.new_empty(size, dtype=torch.int32)
+) -> torch.Tensor:
+    return token_index.new_empty(packed_size(token_index.shape[0], num_tokens, num_experts), dtype=torch.int32)
 
-    slots = token_index.shape[0]
-    return indices(num_experts + 1), indices(slots), indices(slots), indices(slots), indices(num_tokens + 1), indices(slots)
+
+def _make(
+    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None, backend: str
+) -> tuple[torch.Tensor, DispatchPlan]:
+    """The operator's body: the packed plan, and its parts, which a caller in eager mode takes instead of cutting it once more."""
+    if debug.enabled():
+        _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    if backend == "hopper" or (backend == "auto" and plan_hopper.supports(expert_index, num_tokens, num_experts)):
+        return plan_hopper.launch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    packed = _plan_torch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    return packed, unpack(packed, expert_index.shape[0], num_tokens, num_experts, slots_per_token)
 
 
 def _plan_torch(
     token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     expert = bucket(expert_index, num_experts)
     slot = torch.arange(expert.shape[0], dtype=torch.int32, device=expert.device)
     if slots_per_token is not None:
@@ -121,7 +148,7 @@ def _plan_torch(
     row_to_slot = torch.where(in_use, order.to(torch.int32), -1)
     row_to_token = torch.where(in_use, token[order].to(torch.int32), -1)
     slot_to_row = torch.empty_like(slot).scatter_(0, order, torch.where(in_use, slot, -1))
-    return offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots
+    return pack((offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots))
 
 
 def _offsets(buckets: torch.Tensor, size: int) -> torch.Tensor:

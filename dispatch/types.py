@@ -24,7 +24,7 @@ class DispatchPlan(NamedTuple):
         token_offsets = [0, 2, 4, 6]              token t owns token_slots[token_offsets[t]:token_offsets[t + 1]]
         token_slots   = [0, 1, 2, 3, 4, 5]
 
-    All tensors are int32 and on the routing's device.
+    All tensors are int32 and on the routing's device; `dispatch.plan` makes them as parts of one, see :func:`unpack`.
     """
 
     offsets: torch.Tensor
@@ -43,3 +43,28 @@ class DispatchPlan(NamedTuple):
     num_experts: int
     slots_per_token: int | None
     """K when slot ``t * K + j`` is token t's j-th choice, else None."""
+
+
+def pack(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The first six fields of a plan as the one tensor that :func:`unpack` takes apart."""
+    offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots = tensors
+    return torch.cat((row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets))
+
+
+def packed_size(num_slots: int, num_tokens: int, num_experts: int) -> int:
+    """Elements of a packed plan: 4 R + (E + 1) + (T + 1)."""
+    return 4 * num_slots + num_experts + num_tokens + 2
+
+
+def unpack(packed: torch.Tensor, num_slots: int, num_tokens: int, num_experts: int, slots_per_token: int | None) -> DispatchPlan:
+    """The plan whose tensors are views of ``packed``, in one call: row_to_token, row_to_slot, slot_to_row, token_slots, offsets,
+    token_offsets.
+
+    One tensor is what an operator returns and what backward keeps. Those of R elements come first, so that they keep the alignment
+    that R allows.
+    """
+    sizes = (num_slots, num_slots, num_slots, num_slots, num_experts + 1, num_tokens + 1)
+    row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets = packed.split_with_sizes(sizes)
+    return DispatchPlan(
+        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
+    )

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 import dispatch
-from dispatch import DispatchPlan
-from dispatch.operators import operator
+from dispatch.operators import needs_gradient, not_differentiable, operator, without_autocast
 from routing import Routing
 from sonicmoe import backends, validation
 from sonicmoe.activations import is_gated
@@ -57,24 +56,12 @@ def routed_experts(
         ValueError, TypeError: an argument's shape, dtype, device or value, in one sentence, before any work.
     """
     validation.check_experts(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
-    options = _Options(activation, gate_up_layout, backends.resolve(backend, x.device, x.dtype))
-    plan = dispatch.plan(
-        routing.token_index,
-        routing.expert_index,
-        num_tokens=routing.num_tokens,
-        num_experts=routing.num_experts,
-        slots_per_token=routing.slots_per_token,
-    )
-    inputs = (x, w_up, w_down, b_up, b_down, routing.score)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _RoutedExperts.apply(*inputs, plan, options)
-    return _forward(*inputs, *plan, *options, store_z=False)[0]
-
-
-class _Options(NamedTuple):
-    activation: str
-    gate_up_layout: str
-    backend: str
+    differentiable = (x, w_up, w_down, b_up, b_down, routing.score)
+    indices = (routing.token_index, routing.expert_index, routing.slots_per_token)
+    options = (activation, gate_up_layout, backends.resolve(backend, x.device, x.dtype))
+    if torch.is_grad_enabled() and needs_gradient(differentiable):
+        return _RoutedExperts.apply(*differentiable, indices, options)
+    return _forward(*differentiable, *indices, *options, False)[0]
 
 
 class _Needs(NamedTuple):
@@ -98,9 +85,9 @@ class _Needs(NamedTuple):
 
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_up, w_down, b_up, b_down, score, plan, options):
+    def forward(ctx, x, w_up, w_down, b_up, b_down, score, indices, options):
         needs = _Needs(*ctx.needs_input_grad[:6])
-        out, *z = _forward(x, w_up, w_down, b_up, b_down, score, *plan, *options, store_z=needs.z)
+        out, plan, *z = _forward(x, w_up, w_down, b_up, b_down, score, *indices, *options, True, store_z=needs.z)
         ctx.save_for_backward(
             z[0] if z else None,
             x if needs.w_up else None,
@@ -108,15 +95,15 @@ class _RoutedExperts(torch.autograd.Function):
             w_down if needs.dz or needs.score else None,
             b_down if needs.score else None,
             score,
-            *plan[:6],
+            plan,
         )
-        ctx.sizes, ctx.options = plan[6:], options
+        ctx.sizes, ctx.options = (x.shape[0], w_up.shape[0], indices[2]), options
         return out
 
     @staticmethod
     def backward(ctx, dout):
         needs = _Needs(*ctx.needs_input_grad[:6])
-        gradients = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, needs=list(needs)))
+        gradients = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, list(needs)))
         return *(next(gradients) if needed else None for needed in needs), None, None
 
 
@@ -128,37 +115,39 @@ def _forward(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
     score: torch.Tensor,
-    offsets: torch.Tensor,
-    row_to_token: torch.Tensor,
-    row_to_slot: torch.Tensor,
-    slot_to_row: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
-    num_tokens: int,
-    num_experts: int,
+    token_index: torch.Tensor,
+    expert_index: torch.Tensor,
     slots_per_token: int | None,
     activation: str,
     gate_up_layout: str,
     backend: str,
-    *,
-    store_z: bool,
+    keep: bool,
+    store_z: bool = False,
 ) -> list[torch.Tensor]:
-    """[o], or [o, z] with ``store_z``."""
-    plan = DispatchPlan(
-        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
-    )
-    operations = backends.load(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        a, z = operations.up_projection(x, w_up, b_up, plan, activation=activation, gate_up_layout=gate_up_layout, store_z=store_z)
-        y = operations.down_projection(a, w_down, b_down, plan)
-        out = dispatch.gather_sum(y, score, plan, backend=backend)
-    return [out, z] if store_z else [out]
+    """[o]; for backward, with ``keep``, also the packed plan, and with ``store_z`` z behind it."""
+    results = None
+    if forward := backends.fused_forward(backend):
+        routed = (score, token_index, expert_index, slots_per_token)
+        results = forward(x, w_up, w_down, b_up, b_down, *routed, activation, gate_up_layout, store_z)
+    if results is None:
+        operations = backends.load(backend)
+        sizes = {"num_tokens": x.shape[0], "num_experts": w_up.shape[0], "slots_per_token": slots_per_token}
+        plan = dispatch.plan(token_index, expert_index, **sizes)
+        with without_autocast(x.device):
+            a, z = operations.up_projection(x, w_up, b_up, plan, activation=activation, gate_up_layout=gate_up_layout, store_z=store_z)
+            y = operations.down_projection(a, w_down, b_down, plan)
+            results = dispatch.gather_sum(y, score, plan, backend=backend), dispatch.pack(plan[:6]) if keep else None, z
+    return list(results[: 1 + keep + store_z])
 
 
 @torch.library.register_fake("sonicmoe::routed_experts")
-def _(x, w_up, w_down, b_up, b_down, score, offsets, row_to_token, *unused, store_z):
-    out = x.new_empty(x.shape)
-    return [out, x.new_empty(row_to_token.shape[0], w_up.shape[1])] if store_z else [out]
+def _(x, w_up, w_down, b_up, b_down, score, token_index, expert_index, slots_per_token, activation, layout, backend, keep, store_z=False):
+    slots, results = expert_index.shape[0], [x.new_empty(x.shape)]
+    if keep:
+        results.append(expert_index.new_empty(dispatch.packed_size(slots, x.shape[0], w_up.shape[0]), dtype=torch.int32))
+    if store_z:
+        results.append(x.new_empty(slots, w_up.shape[1]))
+    return results
 
 
 @operator("sonicmoe::routed_experts_backward")
@@ -170,29 +159,21 @@ def _backward(
     w_down: torch.Tensor | None,
     b_down: torch.Tensor | None,
     score: torch.Tensor,
-    offsets: torch.Tensor,
-    row_to_token: torch.Tensor,
-    row_to_slot: torch.Tensor,
-    slot_to_row: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
+    packed: torch.Tensor,
     num_tokens: int,
     num_experts: int,
     slots_per_token: int | None,
     activation: str,
     gate_up_layout: str,
     backend: str,
-    *,
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """The gradients that ``needs`` (see _Needs) asks for, in its order. Inputs that they do not depend on may be None."""
-    plan = DispatchPlan(
-        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
-    )
+    plan = dispatch.unpack(packed, score.shape[0], num_tokens, num_experts, slots_per_token)
     need = _Needs(*needs)
     operations = backends.load(backend)
     dx = dw_up = dw_down = db_up = db_down = dscore = dz = scaled_a = None
-    with torch.autocast(dout.device.type, enabled=False):
+    with without_autocast(dout.device):
         if need.z:
             dz, row_dscore, scaled_a = operations.activation_backward(
                 dout,
@@ -208,7 +189,7 @@ def _backward(
                 need_scaled_a=need.w_down,
             )
         if need.score:
-            dscore = torch.where(slot_to_row >= 0, row_dscore[slot_to_row.clamp(min=0)], 0)
+            dscore = torch.where(plan.slot_to_row >= 0, row_dscore[plan.slot_to_row.clamp(min=0)], 0)
         if need.w_down or need.b_down:
             dw_down, db_down = operations.down_weight_grad(dout, scaled_a, score, plan, need_weight=need.w_down, need_bias=need.b_down)
         if need.w_up or need.b_up:
@@ -220,9 +201,8 @@ def _backward(
 
 
 @torch.library.register_fake("sonicmoe::routed_experts_backward")
-def _(dout, z, x, w_up, w_down, b_down, score, offsets, *plan_and_options, needs):
-    activation = plan_and_options[-3]
-    experts, hidden_size = offsets.shape[0] - 1, dout.shape[1]
+def _(dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, experts, slots_per_token, activation, layout, backend, needs):
+    hidden_size = dout.shape[1]
     up_rows = 0 if z is None else z.shape[1]
     intermediate_size = up_rows // 2 if is_gated(activation) else up_rows
     shapes = (
@@ -236,8 +216,4 @@ def _(dout, z, x, w_up, w_down, b_down, score, offsets, *plan_and_options, needs
     return [*gradients, torch.empty_like(score)] if needs[5] else gradients
 
 
-def _refuse_second_derivative(ctx, *gradients):
-    raise NotImplementedError("routed_experts: second derivatives (create_graph=True, double backward) are not available")
-
-
-torch.library.register_autograd("sonicmoe::routed_experts_backward", _refuse_second_derivative)
+not_differentiable(_backward, "routed_experts")

@@ -20,7 +20,8 @@ def wrapped(wrap: Callable[[str, Callable], Callable], *, backend_names: tuple[s
     for (module, name), right in zip(places, rights, strict=True):
         setattr(module, name, wrap(name, right))
     try:
-        yield
+        with backends.one_by_one():
+            yield
     finally:
         for (module, name), right in zip(places, rights, strict=True):
             setattr(module, name, right)

@@ -5,11 +5,13 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per
 
 import torch
 
-from dispatch.operators import check_backend
+from dispatch.counting import ID_DTYPES
+from dispatch.operators import BACKENDS, check_backend
 from routing import Routing
 from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SCORE_DTYPES = (torch.float32, torch.float64)
 
 
 def check_options(activation: str, gate_up_layout: str, backend: str) -> None:
@@ -58,6 +60,69 @@ def check_experts(
     backend: str,
 ) -> None:
     """The arguments of `routed_experts`. Raises ValueError or TypeError."""
+    if not _is_sound(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend):
+        _refuse(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
+
+
+def _is_sound(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    routing: Routing,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+) -> bool:
+    """All conditions of _refuse in a few expressions, so that the usual case costs no more than reading its attributes.
+
+    They follow from one another: what equals a checked shape, dtype or device needs no check of its own.
+    """
+    if activation not in ACTIVATIONS or gate_up_layout not in LAYOUTS or backend not in BACKENDS or not x.dim() == w_down.dim() - 1 == 2:
+        return False
+    dtype, device = x.dtype, x.device
+    tokens, hidden_size = x.shape
+    num_experts, _, intermediate_size = w_down.shape
+    up_rows = intermediate_size * (2 if is_gated(activation) else 1)
+    token_index, expert_index, score, num_tokens, experts_routed, _ = routing
+    slots = token_index.shape
+    return (
+        dtype in DTYPES
+        and hidden_size >= 8
+        and hidden_size % 8 == 0
+        and intermediate_size >= 8
+        and intermediate_size % 8 == 0
+        and num_experts >= 1
+        and w_up.shape == (num_experts, up_rows, hidden_size)
+        and w_down.shape == (num_experts, hidden_size, intermediate_size)
+        and w_up.dtype == w_down.dtype == dtype
+        and w_up.device == w_down.device == device
+        and (b_up is None or (b_up.shape == (num_experts, up_rows) and b_up.dtype == dtype and b_up.device == device))
+        and (b_down is None or (b_down.shape == (num_experts, hidden_size) and b_down.dtype == dtype and b_down.device == device))
+        and num_tokens == tokens
+        and experts_routed == num_experts
+        and len(slots) == 1
+        and expert_index.shape == score.shape == slots
+        and token_index.dtype in ID_DTYPES
+        and expert_index.dtype in ID_DTYPES
+        and score.dtype in SCORE_DTYPES
+        and token_index.device == expert_index.device == score.device == device
+    )
+
+
+def _refuse(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    routing: Routing,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+) -> None:
+    """Raises for the first condition that does not hold."""
     check_options(activation, gate_up_layout, backend)
     for name, tensor, shape in (("x", x, "(T, H)"), ("w_up", w_up, "(E, 2I, H)"), ("w_down", w_down, "(E, H, I)")):
         if tensor.dim() != len(shape.split(",")):
@@ -96,6 +161,6 @@ def _check_routing(routing: Routing, x: torch.Tensor, tokens: int, num_experts: 
             raise ValueError(f"routing.{name} has shape {tuple(tensor.shape)}: must be (R,) as token_index {tuple(slots)}")
         if tensor.device != x.device:
             raise ValueError(f"routing.{name} is on {tensor.device}: must be on x's device {x.device}")
-        allowed = (torch.float32, torch.float64) if name == "score" else (torch.int32, torch.int64)
+        allowed = SCORE_DTYPES if name == "score" else ID_DTYPES
         if tensor.dtype not in allowed:
             raise TypeError(f"routing.{name} has dtype {tensor.dtype}: must be {allowed[0]} or {allowed[1]}")

@@ -1,13 +1,17 @@
 """What computes the experts: a backend is a module with the six operations of `sonicmoe.backends.reference`."""
 
+import contextlib
+import functools
 import importlib
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 
-from dispatch.operators import check_backend
+from dispatch.operators import check_backend, is_hopper
 
 _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+_one_by_one = 0
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -19,7 +23,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     check_backend(backend)
     if backend == "reference":
         return "reference"
-    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    on_hopper = is_hopper(device)
     if backend == "hopper" and not on_hopper:
         raise ValueError(f'backend="hopper": the tensors are on {device}, must be an sm_90 GPU')
     if backend == "hopper" and dtype not in _HOPPER_DTYPES:
@@ -27,6 +31,23 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return "hopper" if on_hopper and dtype in _HOPPER_DTYPES else "reference"
 
 
+@functools.cache
 def load(backend: str) -> ModuleType:
     """The module of a resolved backend."""
     return importlib.import_module(f"sonicmoe.backends.{backend}")
+
+
+def fused_forward(backend: str) -> Callable[..., tuple | None] | None:
+    """The whole forward of a backend that has it in one function, `sonicmoe.backends.hopper.forward`, else None."""
+    return None if _one_by_one else getattr(load(backend), "forward", None)
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Every operation is called by itself inside, so that one of them can be timed or replaced."""
+    global _one_by_one
+    _one_by_one += 1
+    try:
+        yield
+    finally:
+        _one_by_one -= 1

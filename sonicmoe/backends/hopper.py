@@ -8,22 +8,133 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, R rows, Z = 2
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 import cute_runtime
-from dispatch import DispatchPlan
+from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
+from dispatch.chunk_counts import multiprocessors
 from sonicmoe.activations import is_gated
 from sonicmoe.backends.reference import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import Tile, down_tile, up_tile
+from sonicmoe.kernels.tiles import down_tile, up_tile
 
-__all__ = ["DTYPES", "activation_backward", "down_projection", "down_weight_grad", "dx_rows", "up_projection", "up_weight_grad"]
+__all__ = ["DTYPES", "activation_backward", "down_projection", "down_weight_grad", "dx_rows", "forward", "up_projection", "up_weight_grad"]
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _MOST_GATHERED = 2**34 - 1
 """Elements of x: where a row begins is an int32 in units of 16 bytes."""
+
+
+def forward(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    score: torch.Tensor,
+    token_index: torch.Tensor,
+    expert_index: torch.Tensor,
+    slots_per_token: int | None,
+    activation: str,
+    gate_up_layout: str,
+    store_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """o (T, H), the packed plan and z (R, Z): plan, both projections and gather_sum in a row, the same launches in the same order.
+
+    What the operations check, choose and bind one by one is done here once for each configuration, so that a forward costs the host
+    little more than its launches and allocations. None for what is unusual: the operations do it one by one.
+
+    Args:
+        as of `sonicmoe.routed_experts`, checked by it.
+
+    Raises:
+        ValueError: a tensor that the kernels cannot take as it is, in one sentence, before any work.
+    """
+    pointers = x.data_ptr() | w_up.data_ptr() | w_down.data_ptr()
+    contiguous = x.is_contiguous() and w_up.is_contiguous() and w_down.is_contiguous()
+    for bias in (b_up, b_down):
+        if bias is not None:
+            pointers |= bias.data_ptr()
+            contiguous = contiguous and bias.is_contiguous()
+    if pointers % 16 or not contiguous:
+        _check("x", x, w_up=w_up, w_down=w_down, b_up=b_up, b_down=b_down)
+    device, slots = x.device, expert_index.shape[0]
+    launch = _forward_launch(
+        *(x.shape, w_up.shape, slots, slots_per_token, x.dtype, expert_index.dtype, device),
+        *(activation, gate_up_layout, store_z, b_up is not None, b_down is not None),
+    )
+    if launch is None or debug.enabled():
+        return None
+    if score.dtype != torch.float32:
+        score = score.float()
+    score, expert_index = score.contiguous(), expert_index.contiguous()
+    with cute_runtime.on_device(device):
+        if launch.plan is not None:
+            packed, plan = launch.plan(expert_index)
+        else:
+            packed, plan = plan_hopper.launch(token_index, expert_index, x.shape[0], w_up.shape[0], slots_per_token)
+        a = x.new_empty(launch.a)
+        z = x.new_empty(launch.z) if store_z else None
+        launch.up(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, launch.blocks)
+        y = x.new_empty(launch.y)
+        launch.down(a, w_down, b_down, plan.offsets, y, launch.blocks)
+        out = x.new_empty(x.shape)
+        if slots_per_token is not None:
+            launch.gather_sum(y, score, plan.slot_to_row, None, None, out, slots_per_token)
+        else:
+            launch.gather_sum(y, score, plan.slot_to_row, plan.token_offsets, plan.token_slots, out, 0)
+    return out, packed, z
+
+
+class ForwardLaunch(NamedTuple):
+    """The kernels of one configuration of `forward` and the shapes of what they write."""
+
+    plan: plan_hopper.UniformLaunch | None
+    up: Callable[..., None]
+    down: Callable[..., None]
+    gather_sum: Callable[..., None]
+    a: tuple[int, int]
+    z: tuple[int, int]
+    y: tuple[int, int]
+    blocks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(
+    x: torch.Size,
+    w_up: torch.Size,
+    slots: int,
+    slots_per_token: int | None,
+    dtype: torch.dtype,
+    index: torch.dtype,
+    device: torch.device,
+    activation: str,
+    gate_up_layout: str,
+    store_z: bool,
+    up_bias: bool,
+    down_bias: bool,
+) -> ForwardLaunch | None:
+    """None where there is nothing to compute, and for a plan that is too large for the kernels."""
+    (tokens, hidden), (experts, width, _) = x, w_up
+    if tokens * hidden > _MOST_GATHERED:
+        raise ValueError(f"x: {tokens * hidden} elements: must be at most {_MOST_GATHERED}")
+    if not slots or not tokens or max(slots, tokens, experts) > plan_hopper.MAX_SIZE:
+        return None
+    uniform = slots_per_token is not None
+    up, reduced = _up_launch(slots, width, experts, dtype, activation, gate_up_layout, store_z, up_bias)
+    return ForwardLaunch(
+        plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
+        up,
+        _down_launch(slots, experts, reduced, dtype, down_bias),
+        gather_sum_hopper.kernel(dtype, uniform, True),
+        (slots, reduced),
+        (slots, width),
+        (slots, hidden),
+        _blocks(device),
+    )
 
 
 def up_projection(
@@ -46,25 +157,18 @@ def up_projection(
     Raises:
         TypeError, ValueError: a tensor that the kernel cannot take as it is, in one sentence, before any work.
     """
-    gated = is_gated(activation)
     rows, width, experts = plan.row_to_token.shape[0], w_up.shape[1], w_up.shape[0]
     _check("x", x, w_up=w_up, b_up=b_up)
-    cute_runtime.check_launch(max_elements=_MOST_GATHERED, x=x)
+    if x.numel() > _MOST_GATHERED:
+        cute_runtime.check_launch(max_elements=_MOST_GATHERED, x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
-    a = x.new_empty(rows, width // 2 if gated else width)
+    kernel, a_width = _up_launch(rows, width, experts, x.dtype, activation, gate_up_layout, store_z, b_up is not None)
+    a = x.new_empty(rows, a_width)
     z = x.new_empty(rows, width) if store_z else None
-    if rows == 0:
-        return a, z
-    kernel = _up_kernel(
-        up_tile(rows=rows, experts=experts),
-        x.dtype,
-        activation,
-        gated and gate_up_layout == "interleaved",
-        store_z,
-        b_up is not None,
-    )
-    with torch.cuda.device(x.device):
-        kernel(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, _blocks(x.device))
+    if kernel is not None:
+        device = x.device
+        with cute_runtime.on_device(device):
+            kernel(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, _blocks(device))
     return a, z
 
 
@@ -84,11 +188,11 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     _check("a", a, w_down=w_down, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
-    if rows == 0:
-        return y
-    kernel = _down_kernel(down_tile(rows=rows, experts=experts, reduced=reduced), a.dtype, b_down is not None)
-    with torch.cuda.device(a.device):
-        kernel(a, w_down, b_down, plan.offsets, y, _blocks(a.device))
+    kernel = _down_launch(rows, experts, reduced, a.dtype, b_down is not None)
+    if kernel is not None:
+        device = a.device
+        with cute_runtime.on_device(device):
+            kernel(a, w_down, b_down, plan.offsets, y, _blocks(device))
     return y
 
 
@@ -101,19 +205,35 @@ def _check(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> Non
     cute_runtime.check_launch(**{name: first}, **others)
 
 
-@functools.cache
 def _blocks(device: torch.device) -> int:
     """One persistent block a multiprocessor, an even number so that clusters of two are whole."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2
+    return multiprocessors(device) // 2 * 2
 
 
-@functools.cache
-def _up_kernel(tile: Tile, dtype: torch.dtype, activation: str, interleaved: bool, store_z: bool, bias: bool) -> Callable[..., None]:
-    return cute_runtime.load(
-        variants.up_projection(tile=tile, dtype=DTYPES[dtype], activation=activation, interleaved=interleaved, store_z=store_z, bias=bias)
+@functools.lru_cache(maxsize=1024)
+def _up_launch(
+    rows: int, width: int, experts: int, dtype: torch.dtype, activation: str, gate_up_layout: str, store_z: bool, bias: bool
+) -> tuple[Callable[..., None] | None, int]:
+    """The kernel for these sizes, None where there is nothing to compute, and the columns of a."""
+    gated = is_gated(activation)
+    columns = width // 2 if gated else width
+    if rows == 0:
+        return None, columns
+    variant = variants.up_projection(
+        tile=up_tile(rows=rows, experts=experts),
+        dtype=DTYPES[dtype],
+        activation=activation,
+        interleaved=gated and gate_up_layout == "interleaved",
+        store_z=store_z,
+        bias=bias,
     )
+    return cute_runtime.load(variant), columns
 
 
-@functools.cache
-def _down_kernel(tile: Tile, dtype: torch.dtype, bias: bool) -> Callable[..., None]:
+@functools.lru_cache(maxsize=1024)
+def _down_launch(rows: int, experts: int, reduced: int, dtype: torch.dtype, bias: bool) -> Callable[..., None] | None:
+    """The kernel for these sizes, None where there is nothing to compute."""
+    if rows == 0:
+        return None
+    tile = down_tile(rows=rows, experts=experts, reduced=reduced)
     return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias))

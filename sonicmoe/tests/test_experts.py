@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from routing import Routing, token_rounding, top_k
-from sonicmoe import accuracy, oracle, routed_experts
+from sonicmoe import accuracy, oracle, routed_experts, validation
 from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
 from sonicmoe.backends import reference
 
@@ -324,3 +324,15 @@ def test_bad_arguments_are_refused_before_any_work(monkeypatch, name):
         routed_experts(**arguments)
     assert "\n" not in str(caught.value)
     assert not calls.made
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_quick_check_refuses_what_the_explaining_one_does(name):
+    x, w_up, w_down, b_up, b_down = make_inputs(3, tokens=4, dtype=torch.float64)
+    arguments = {"x": x, "w_up": w_up, "w_down": w_down, "routing": GOOD, "b_up": b_up, "b_down": b_down}
+    options = {"activation": "swiglu", "gate_up_layout": "interleaved", "backend": "auto"}
+    assert validation._is_sound(**arguments, **options)
+    validation._refuse(**arguments, **options)
+    changed = arguments | options
+    BAD[name][0](changed)
+    assert not validation._is_sound(**changed)

@@ -49,7 +49,8 @@ def planted(defect: Defect, device: str = "cpu") -> Iterator[None]:
     for owner, right in zip(owners, rights, strict=True):
         setattr(owner, defect.attribute, defect.make(right))
     try:
-        yield
+        with backends.one_by_one():
+            yield
     finally:
         for owner, right in zip(owners, rights, strict=True):
             setattr(owner, defect.attribute, right)

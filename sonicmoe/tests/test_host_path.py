@@ -1,0 +1,288 @@
+"""What a forward costs the host besides its launches: counted on a CPU with kernels of PyTorch in place of the GPU's, timed on a GPU.
+
+The kernels that stand in take the arguments of the real ones and compute with the reference backend, so that the values tell whether
+the host half hands over the right tensors.
+"""
+
+import contextlib
+import statistics
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import cute_runtime
+import dispatch
+from cute_runtime import checks
+from dispatch import DispatchPlan, chunk_counts, gather_sum_hopper, plan_hopper
+from routing import hopper as routing_hopper
+from routing import top_k
+from routing import top_k_hopper as top_k_module
+from sonicmoe import MoE, backends, routed_experts, router
+from sonicmoe.backends import hopper, reference
+
+ROOT = Path(__file__).parents[2]
+T, H, I, E, K = 40, 32, 16, 8, 2
+CACHES = (
+    *(chunk_counts.multiprocessors, plan_hopper.uniform_launch, plan_hopper._load_place, plan_hopper._load_keys, plan_hopper._load_bounds),
+    *(gather_sum_hopper.kernel, hopper._up_launch, hopper._down_launch, hopper._forward_launch, top_k_module._kernel),
+)
+
+
+class StandIns:
+    """Loads a kernel of PyTorch for each variant that the layer asks for, and lists the launches."""
+
+    def __init__(self):
+        self.launched = []
+        self.work = True
+        """Whether the kernels compute anything."""
+
+    def load(self, variant):
+        kernel = getattr(self, variant.kernel.rpartition(".")[2])
+        params = dict(variant.params)
+
+        def launch(*args):
+            self.launched.append(variant.kernel.rpartition(".")[2])
+            if self.work:
+                kernel(params, *args)
+
+        return launch
+
+    def top_k(self, params, logits, bias, token_index, expert_index, score, k, groups, size, chosen, top2, divides, scale):
+        assert bias is None
+        assert groups == 1
+        routing = top_k(logits.double(), k, scoring=params["scoring"], renormalize=bool(divides), scale=scale)
+        for out, value in zip((token_index, expert_index, score), routing, strict=False):
+            out.copy_(value)
+
+    def place(self, params, index, order, counts, token_key, order_out, offsets, *rest):
+        row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots, length, size, _, _, k = rest
+        assert params["output"] == "uniform"
+        assert counts.shape[0] == -(-len(index) // length)
+        assert counts.shape[1] >= size + 1
+        plan = dispatch.plan(index, index, num_tokens=len(index) // k, num_experts=size, slots_per_token=k, backend="reference")
+        outs = (offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots)
+        for out, value in zip(outs, plan, strict=False):
+            out.copy_(value)
+
+    def up_projection(self, params, x, w_up, b_up, offsets, row_to_token, a, z, blocks):
+        plan = DispatchPlan(offsets, row_to_token, None, None, None, None, len(x), len(w_up), None)
+        layout = "interleaved" if params["interleaved"] else "concatenated"
+        got = reference.up_projection(
+            x, w_up, b_up, plan, activation=params["activation"], gate_up_layout=layout, store_z=params["store_z"]
+        )
+        assert params["bias"] is (b_up is not None)
+        assert blocks % 2 == 0
+        for out, value in zip((a, z), got, strict=True):
+            if out is not None:
+                out.copy_(value)
+
+    def down_projection(self, params, a, w_down, b_down, offsets, y, blocks):
+        y.copy_(reference.down_projection(a, w_down, b_down, DispatchPlan(offsets, *[None] * 5, 0, len(w_down), None)))
+
+    def gather_sum(self, params, rows, score, slot_to_row, token_offsets, token_slots, out, k):
+        terms = rows.float()[slot_to_row.clamp(min=0).long()].masked_fill_((slot_to_row < 0).unsqueeze(1), 0)
+        if params["scored"]:
+            terms *= score.unsqueeze(1)
+        if params["form"] == "uniform":
+            out.copy_(terms.unflatten(0, (-1, k)).sum(1))
+        else:
+            ends = token_offsets.tolist()
+            for token in range(len(out)):
+                out[token] = terms[token_slots[ends[token] : ends[token + 1]].long()].sum(0)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """CPU tensors pass for those of an sm_90 GPU."""
+    for cache in CACHES:
+        cache.cache_clear()
+    kernels = StandIns()
+    for place, name in ((checks, "is_supported_device"), (cute_runtime, "is_supported_device"), (backends, "is_hopper")):
+        monkeypatch.setattr(place, name, lambda device: True)
+    monkeypatch.setattr(routing_hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(cute_runtime, "load", kernels.load)
+    monkeypatch.setattr(cute_runtime, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    yield kernels
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+def make_layer(backend="auto", **options):
+    torch.manual_seed(0)
+    return MoE(H, I, E, K, dtype=torch.bfloat16, backend=backend, **options)
+
+
+def draw(tokens=T, seed=1):
+    return torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+LAUNCHES = ["top_k", "place", "up_projection", "down_projection", "gather_sum"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True, "activation": "geglu", "gate_up_layout": "concatenated"}, {"activation": "relu_squared"}],
+    ids=["swiglu", "geglu_with_bias", "relu_squared"],
+)
+def test_forward_launches_each_kernel_once_with_the_right_tensors(stand_ins, options):
+    x = draw()
+    layer = make_layer(**options)
+    with torch.no_grad():
+        inference = layer(x)
+    assert stand_ins.launched == LAUNCHES
+    stand_ins.launched.clear()
+    trained = layer(x)
+    assert stand_ins.launched == LAUNCHES
+    with backends.one_by_one():
+        apart = layer(x)
+    expected = make_layer("reference", **options)(x)
+    for got in (inference, trained, apart):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
+    assert torch.equal(inference, trained)
+    assert torch.equal(inference, apart)
+
+
+def make_arguments(layer, **grad):
+    """routed_experts' arguments for the layer's weights, and a routing made beforehand."""
+    with torch.no_grad():
+        routing = layer.router_config.route(layer.router(draw()))
+    routing = routing._replace(score=routing.score.clone().requires_grad_())
+    return [draw().requires_grad_(), layer.w_up, layer.w_down, routing], {"b_up": layer.b_up, "b_down": layer.b_down}
+
+
+def test_gradients_of_the_fused_forward_are_those_of_its_operations(stand_ins):
+    args, biases = make_arguments(make_layer(bias=True))
+    leaves = [*args[:3], args[3].score, *biases.values()]
+    fused = torch.autograd.grad(routed_experts(*args, **biases).float().square().sum(), leaves)
+    assert stand_ins.launched.count("up_projection") == 1
+    with backends.one_by_one():
+        apart = torch.autograd.grad(routed_experts(*args, **biases).float().square().sum(), leaves)
+    assert all(torch.equal(one, other) for one, other in zip(fused, apart, strict=True))
+
+
+def test_slots_in_any_order_take_the_fused_forward_too(stand_ins, monkeypatch):
+    def plan_any(token_index, expert_index, plan):
+        made = dispatch.plan(token_index, expert_index, num_tokens=T, num_experts=E, backend="reference")
+        for out, value in zip(plan[:6], made[:6], strict=True):
+            out.copy_(value)
+
+    monkeypatch.setattr(plan_hopper, "_plan_any", plan_any)
+    (x, w_up, w_down, routing), _ = make_arguments(make_layer())
+    order = torch.randperm(T * K, generator=torch.Generator().manual_seed(0))
+    shuffled = routing._replace(
+        token_index=routing.token_index[order], expert_index=routing.expert_index[order], score=routing.score[order], slots_per_token=None
+    )
+    stand_ins.launched.clear()
+    with torch.no_grad():
+        got = routed_experts(x, w_up, w_down, shuffled)
+    assert stand_ins.launched == ["up_projection", "down_projection", "gather_sum"]
+    torch.testing.assert_close(got, routed_experts(x, w_up, w_down, routing, backend="reference"), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["strided x", "misaligned w_up", "strided w_down"])
+def test_tensors_that_no_kernel_takes_are_refused_before_any_launch(stand_ins, change):
+    (x, w_up, w_down, routing), _ = make_arguments(make_layer())
+    x, w_up, w_down = x.detach(), w_up.detach(), w_down.detach()
+    stand_ins.launched.clear()
+    if change == "strided x":
+        x, message = torch.cat((x, x), dim=1)[:, :H], r"^x: shape \(40, 32\) with strides \(64, 1\): must be contiguous$"
+    elif change == "misaligned w_up":
+        w_up = torch.cat((torch.zeros(1, dtype=w_up.dtype), w_up.flatten()))[1:].view_as(w_up)
+        message = r"^w_up: data pointer 0x[0-9a-f]+: must be a multiple of 16 bytes$"
+    else:
+        w_down, message = w_down.mT.contiguous().mT, r"^w_down: shape \(8, 32, 16\) with strides \(512, 1, 32\): must be contiguous$"
+    with pytest.raises(ValueError, match=message):
+        routed_experts(x, w_up, w_down, routing)
+    assert stand_ins.launched == []
+
+
+def operators_of(function):
+    """How often a warm function calls each of PyTorch's operators, those that operators call among themselves left out."""
+    function()
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        function()
+    own = [event for event in profile.function_events if event.name.startswith("aten::")]
+    return Counter(event.name for event in own if event.cpu_parent is None or event.cpu_parent not in own)
+
+
+def calls_of(function):
+    """How many of this project's Python functions a warm function calls."""
+    calls = 0
+
+    def observe(frame, event, _):
+        nonlocal calls
+        file = frame.f_code.co_filename
+        calls += event == "call" and file != __file__ and Path(file).is_relative_to(ROOT)
+
+    sys.setprofile(observe)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.fixture
+def counted_layer(stand_ins, monkeypatch):
+    """A layer whose kernels cost nothing, and whose router's product is one operator, as it is on a GPU."""
+    stand_ins.work = False
+    operands = torch.zeros(T, H), torch.zeros(H, E)
+    monkeypatch.setattr(router, "matmul", lambda a, b: torch.mm(*operands))
+    return make_layer()
+
+
+def test_inference_makes_no_more_operators_and_calls_than_this(counted_layer):
+    x = draw()
+    with torch.no_grad():
+        operators, calls = operators_of(lambda: counted_layer(x)), calls_of(lambda: counted_layer(x))
+    assert operators == {"aten::mT": 1, "aten::mm": 1, "aten::split_with_sizes": 1, "aten::new_empty": 6, "aten::empty_like": 2}
+    assert calls <= 31
+
+
+def test_training_forward_makes_no_more_operators_and_calls_than_this(counted_layer):
+    """Beside inference's: z, and an autograd function for each of the router, the choice and the experts."""
+    x = draw().requires_grad_()
+    operators, calls = operators_of(lambda: counted_layer(x)), calls_of(lambda: counted_layer(x))
+    assert operators == {"aten::mT": 1, "aten::mm": 1, "aten::split_with_sizes": 1, "aten::new_empty": 7, "aten::empty_like": 2}
+    assert calls <= 42
+
+
+def test_choice_and_plan_make_no_more_operators_and_calls_than_this(counted_layer):
+    """What a user of the functions alone pays: three allocations for the routing, two and the six views for the plan."""
+    logits = torch.zeros(T, E)
+
+    def choose_and_plan():
+        routing = top_k(logits, K)
+        return dispatch.plan(routing.token_index, routing.expert_index, num_tokens=T, num_experts=E, slots_per_token=K)
+
+    operators, calls = operators_of(choose_and_plan), calls_of(choose_and_plan)
+    assert operators == {"aten::new_empty": 3, "aten::empty_like": 2, "aten::split_with_sizes": 1}
+    assert calls <= 23
+
+
+LIMIT_US = 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["inference", "training forward"])
+def test_host_time_per_forward_is_under_60_microseconds(mode):
+    """Issuing a warm layer's forward; with 64 tokens, so that the GPU never makes the host wait. The best of 30 batches of 20 calls:
+    other work of the machine can only add to it."""
+    layer = MoE(1024, 512, 64, 8, dtype=torch.bfloat16, device="cuda", backend="hopper")
+    x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+    times = []
+    with torch.set_grad_enabled(mode != "inference"):
+        for _ in range(31):  # the first one loads the kernels
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(20):
+                layer(x)
+            times.append((time.perf_counter() - begin) / 20 * 1e6)
+    print(f"{mode}: {min(times[1:]):.1f} us at best, median {statistics.median(times[1:]):.1f} us")
+    assert min(times[1:]) < LIMIT_US
