@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer. Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -117,15 +118,18 @@ class MoE(nn.Module):
         autocast = torch.is_autocast_enabled(device_type)
         if not autocast and x.dtype != self.w_up.dtype:
             raise TypeError(f"x has dtype {x.dtype}: must be the weights' {self.w_up.dtype} outside of autocast")
-        dtype = torch.get_autocast_dtype(device_type) if autocast else self.w_up.dtype
-        tokens = x.reshape(-1, self.hidden_size)
-        parameters = (self.w_up, self.w_down, self.b_up, self.b_down)
-        w_up, w_down, b_up, b_down = (None if parameter is None else parameter.to(dtype) for parameter in parameters)
-        with torch.autocast(device_type, enabled=False):
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
+        w_up, w_down, b_up, b_down = self.w_up, self.w_down, self.b_up, self.b_down
+        narrow = tokens
+        if autocast:
+            dtype = torch.get_autocast_dtype(device_type)
+            casts = (None if tensor is None else tensor.to(dtype) for tensor in (tokens, w_up, w_down, b_up, b_down))
+            narrow, w_up, w_down, b_up, b_down = casts
+        with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
             logits = self.router(tokens)
             routing = self.router_config.route(logits, selection_bias=self.router.selection_bias)
             out = routed_experts(
-                tokens.to(dtype),
+                narrow,
                 w_up,
                 w_down,
                 routing,
@@ -135,8 +139,9 @@ class MoE(nn.Module):
                 gate_up_layout=self.gate_up_layout,
                 backend=self.backend,
             )
-            # Not a view, as reshape's result would be: FSDP2 hooks the output, and an in-place operation on a view drops the hooks.
-            out = torch.ops.aten._unsafe_view(out, x.shape)
+            if x.dim() != 2:
+                # Not a view, as reshape's result would be: FSDP2 hooks the output, and an in-place operation on a view drops the hooks.
+                out = torch.ops.aten._unsafe_view(out, x.shape)
             return (out, self._router_output(logits, routing)) if return_router else out
 
     def _router_output(self, logits: torch.Tensor, routing: Routing) -> RouterOutput:

@@ -98,6 +98,9 @@ def layer(
 ) -> dict[str, torch.Tensor]:
     """`experts` behind a router: also drouter (E, H), and dx through both.
 
+    The logits are the float64 product of the same operands: `sonicmoe.router.router_logits` rounds neither them nor, before float32,
+    the result.
+
     Args:
         router_weight: (E, H); logits are ``x @ router_weight.T``.
         routing: tells who goes where; its scores are not used.

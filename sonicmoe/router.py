@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from sonicmoe.linalg import matmul
+from dispatch.operators import differentiable, not_differentiable, operator, without_autocast
+from sonicmoe.linalg import accumulation_dtype, bfloat16_pair, matmul
 
 
 class Router(nn.Module):
@@ -40,26 +41,81 @@ class Router(nn.Module):
             nn.init.zeros_(self.selection_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _RouterLogits.apply(x, self.weight)
+        return router_logits(x, self.weight)
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
         return f"hidden_size={hidden_size}, num_experts={num_experts}, selection_bias={self.selection_bias is not None}"
 
 
-class _RouterLogits(torch.autograd.Function):
-    """x @ weight.T in float32. A plain ``F.linear(x.float(), ...)`` would keep a float32 copy of x for backward."""
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` in float32 (float64 for float64): x (T, H), weight (E, H) -> (T, E). Differentiable once in both.
 
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return matmul(x, weight.mT)
+    Forward: 16-bit operands are multiplied as they are, summed in float32 and not rounded: on a GPU by the matrix units without a
+    float32 copy of x, elsewhere through one. Operands of different dtypes are widened to float32 first.
 
-    @staticmethod
-    def backward(ctx, dlogits):
-        x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            dx = matmul(dlogits, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-            dweight = matmul(dlogits.mT, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dweight
+    Backward: dx is rounded once to x's dtype, dweight is summed in float32 and rounded once to weight's. Of the logits' float32
+    gradient, bfloat16 operands on a GPU see the sum of two bfloat16 values, `linalg.bfloat16_pair`; everything else is multiplied in
+    float32.
+
+    Autocast does not reach inside. Judged against `sonicmoe.oracle.layer`, which multiplies the same operands in float64.
+    """
+    return _logits(x, weight)
+
+
+@operator("sonicmoe::router_logits")
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with without_autocast(x.device):
+        return matmul(x, weight.mT)
+
+
+@torch.library.register_fake("sonicmoe::router_logits")
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=accumulation_dtype(torch.promote_types(x.dtype, weight.dtype)))
+
+
+@operator("sonicmoe::router_logits_grad")
+def _logits_grad(
+    dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx (T, H) and dweight (E, H); an empty tensor for what is not needed."""
+    with without_autocast(x.device):
+        if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+            dx, dweight = _paired_grad(dlogits, x, weight, need_x, need_weight)
+        else:
+            dx = matmul(dlogits, weight).to(x.dtype) if need_x else None
+            dweight = matmul(dlogits.mT, x).to(weight.dtype) if need_weight else None
+    return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dweight is None else dweight
+
+
+def _paired_grad(
+    dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The same from dlogits as a pair: ``dx = [high low] @ [weight; weight]`` in one product, so that it is rounded once."""
+    dx = dweight = None
+    pair = bfloat16_pair(dlogits)
+    if need_x:
+        dx = torch.mm(pair, torch.cat((weight, weight)))
+    if need_weight:
+        high, low = matmul(pair.mT, x).chunk(2)
+        dweight = (high + low).to(weight.dtype)
+    return dx, dweight
+
+
+@torch.library.register_fake("sonicmoe::router_logits_grad")
+def _(dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dlogits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    needs = ctx.needs_input_grad
+    gradients = _logits_grad(dlogits, *ctx.saved_tensors, *needs)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+
+
+differentiable(_logits, _backward, _setup_context)
+not_differentiable(_logits_grad, "router_logits")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from routing import Routing
-from sonicmoe import accuracy, oracle, routed_experts
+from sonicmoe import accuracy, oracle, routed_experts, router
 from testing.matrix.cells import LayerCell, Profile, RoutingSpec
 from testing.matrix.checks_routing import finite
 from testing.matrix.inputs import router_logits, selection_bias
@@ -141,9 +141,8 @@ def make_problem(cell: LayerCell, profile: Profile, seed: int, device: str) -> P
     return Problem(normal(T, H), router_weight, parameters, added, bias_tensor, normal(T, H), spec, K, seed)
 
 
-def _logits(problem: Problem, x: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
-    """(T, E) in the arguments' dtype; where the added logits are not finite they replace the router's."""
-    logits = F.linear(x, router_weight)
+def _logits(problem: Problem, logits: torch.Tensor) -> torch.Tensor:
+    """(T, E) the router's logits with the problem's added; where those are not finite they replace the router's."""
     if problem.added_logits is None:
         return logits
     added = problem.added_logits.to(logits.dtype)
@@ -153,7 +152,7 @@ def _logits(problem: Problem, x: torch.Tensor, router_weight: torch.Tensor) -> t
 def _forward(
     cell: LayerCell, problem: Problem, x: torch.Tensor, router_weight: torch.Tensor, parameters: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Routing]:
-    logits = _logits(problem, x.float(), router_weight.float())
+    logits = _logits(problem, router.router_logits(x, router_weight))
     routed = with_sentinels(route(logits, problem.per_token, problem.spec, problem.bias, problem.seed), cell.sentinels, problem.seed)
     o = routed_experts(x, routing=routed, activation=cell.activation, gate_up_layout=cell.layout, **parameters)
     return o, routed
@@ -169,11 +168,14 @@ def run_layer(cell: LayerCell, problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def run_oracle(cell: LayerCell, problem: Problem) -> dict[str, torch.Tensor]:
-    """The same in float64 for the same routing: scores follow anew from the logits, the choice is taken over."""
-    logits32 = _logits(problem, problem.x.float(), problem.router_weight.float())
+    """The same in float64 for the same routing: scores follow anew from the logits, the choice is taken over.
+
+    The choice is made from the layer's own logits, whose operands are not rounded either, in the same float32 products.
+    """
+    logits32 = _logits(problem, router.router_logits(problem.x, problem.router_weight))
     chosen = route(logits32, problem.per_token, problem.spec, problem.bias, problem.seed)
     x, router_weight = (tensor.detach().double().requires_grad_() for tensor in (problem.x, problem.router_weight))
-    logits = _logits(problem, x, router_weight)
+    logits = _logits(problem, F.linear(x, router_weight))
     lowest, highest = (float(value) for value in finite(np.array([-np.inf, np.inf])))
     logits = logits.nan_to_num(nan=lowest, posinf=highest, neginf=lowest)
     score = oracle.scores(

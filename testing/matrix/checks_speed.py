@@ -7,9 +7,8 @@ import statistics
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from sonicmoe import routed_experts, timing
+from sonicmoe import routed_experts, router, timing
 from testing.matrix.cells import SpeedCell
 from testing.matrix.checks_layer import DTYPES
 from testing.matrix.operation_times import operation_times
@@ -40,7 +39,7 @@ def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") 
 
         def layer(_: object, tokens: list[torch.Tensor] = tokens) -> None:
             x, router_weight = tokens
-            o = routed_experts(x, *weights, route(F.linear(x, router_weight).float(), K, cell.routing, None, seed))
+            o = routed_experts(x, *weights, route(router.router_logits(x, router_weight), K, cell.routing, None, seed))
             if cell.mode == "forward+backward":
                 torch.autograd.grad(o, [*tokens, *weights], dout)
 
