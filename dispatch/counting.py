@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import count_hopper
-from dispatch.operators import check_backend, operator
+from dispatch.operators import check_backend, fake, operator
 
 INT32_MAX = 2**31 - 1
 ID_DTYPES = (torch.int32, torch.int64)
@@ -49,7 +49,7 @@ def _count(expert_index: torch.Tensor, num_experts: int, backend: str = "auto") 
     return count, count.cumsum(0, dtype=torch.int32)
 
 
-@torch.library.register_fake("sonicmoe_dispatch::count_cumsum")
+@fake(_count)
 def _(expert_index: torch.Tensor, num_experts: int, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     return expert_index.new_empty(num_experts, dtype=torch.int32), expert_index.new_empty(num_experts, dtype=torch.int32)
 

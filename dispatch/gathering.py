@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import gather_sum_hopper
-from dispatch.operators import check_backend, differentiable, operator
+from dispatch.operators import check_backend, differentiable, fake, operator
 from dispatch.types import DispatchPlan
 
 # Elements of the one float32 block that is in flight at a time: it stays in a core's cache on a CPU, fills the machine on a GPU.
@@ -100,7 +100,7 @@ def _gather_sum(
     return _gather_sum_torch(rows, score, slot_to_row, row_to_token, token_offsets, token_slots)
 
 
-@torch.library.register_fake("sonicmoe_dispatch::gather_sum")
+@fake(_gather_sum)
 def _(
     rows: torch.Tensor,
     score: torch.Tensor | None,
@@ -154,7 +154,7 @@ def _rows_grad(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: 
     return grad
 
 
-@torch.library.register_fake("sonicmoe_dispatch::gather_sum_rows_grad")
+@fake(_rows_grad)
 def _(out_grad: torch.Tensor, score: torch.Tensor | None, row_to_slot: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
     return out_grad.new_empty(row_to_slot.shape[0], out_grad.shape[1])
 
@@ -175,7 +175,7 @@ def _score_grad(
     return grad
 
 
-@torch.library.register_fake("sonicmoe_dispatch::gather_sum_score_grad")
+@fake(_score_grad)
 def _(
     out_grad: torch.Tensor, rows: torch.Tensor, slot_to_row: torch.Tensor, row_to_token: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from dispatch import debug, plan_hopper
 from dispatch.counting import ID_DTYPES, INT32_MAX, bucket, check_ids, check_size, histogram
-from dispatch.operators import check_backend, is_direct, operator
+from dispatch.operators import check_backend, fake, is_direct, operator
 from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
 
@@ -101,7 +101,7 @@ def _plan(
     return _make(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)[0]
 
 
-@torch.library.register_fake("sonicmoe_dispatch::plan")
+@fake(_plan)
 def _(
     token_index: torch.Tensor,
     expert_index: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 
 import cute_runtime
 from cute_runtime import Variant
-from dispatch.operators import operator
+from dispatch.operators import fake, operator
 from routing.kernels import variants
 
 _TOKENS_PER_WORD = 32
@@ -54,7 +54,7 @@ def rounded_slots(
     return token_index, expert_index, token_offsets
 
 
-@torch.library.register_fake("sonicmoe_routing::rounded_slots")
+@fake(rounded_slots)
 def _(
     logits: torch.Tensor,
     chosen: torch.Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 import cute_runtime
-from dispatch.operators import differentiable, operator
+from dispatch.operators import differentiable, fake, operator
 from routing.hopper import DTYPE_NAME
 from routing.kernels import variants
 
@@ -30,7 +30,7 @@ def slot_scores(
     return score
 
 
-@torch.library.register_fake("sonicmoe_routing::slot_scores")
+@fake(slot_scores)
 def _(
     logits: torch.Tensor, expert_index: torch.Tensor, token_offsets: torch.Tensor, scoring: str, renormalize: bool, scale: float
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def slot_scores_grad(
     return logits_grad
 
 
-@torch.library.register_fake("sonicmoe_routing::slot_scores_grad")
+@fake(slot_scores_grad)
 def _(
     logits: torch.Tensor,
     expert_index: torch.Tensor,

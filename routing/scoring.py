@@ -12,7 +12,7 @@ import math
 import torch
 
 from dispatch import debug
-from dispatch.operators import operator
+from dispatch.operators import fake, operator
 
 SCORINGS = ("softmax", "softmax_topk", "sigmoid")
 GROUP_SCORES = ("top2", "max")
@@ -139,6 +139,6 @@ def largest(value: torch.Tensor, k: int) -> torch.Tensor:
     return where.unflatten(0, value.shape[:-1])
 
 
-@torch.library.register_fake("sonicmoe_routing::largest")
+@fake(largest)
 def _(value: torch.Tensor, k: int) -> torch.Tensor:
     return value.new_empty((*value.shape[:-1], k), dtype=torch.int64)

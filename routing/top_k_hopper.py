@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 import cute_runtime
-from dispatch.operators import differentiable, operator
+from dispatch.operators import differentiable, fake, operator
 from routing.hopper import DTYPE_NAME
 from routing.kernels import variants
 from routing.scores_hopper import slot_scores_grad
@@ -58,7 +58,7 @@ def top_k_hopper(
     return token_index, expert_index, score
 
 
-@torch.library.register_fake("sonicmoe_routing::top_k")
+@fake(top_k_hopper)
 def _(
     logits: torch.Tensor,
     selection_bias: torch.Tensor | None,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import dispatch
-from dispatch.operators import needs_gradient, not_differentiable, operator, without_autocast
+from dispatch.operators import fake, needs_gradient, not_differentiable, operator, without_autocast
 from routing import Routing
 from sonicmoe import backends, validation
 from sonicmoe.activations import is_gated
@@ -140,7 +140,7 @@ def _forward(
     return list(results[: 1 + keep + store_z])
 
 
-@torch.library.register_fake("sonicmoe::routed_experts")
+@fake(_forward)
 def _(x, w_up, w_down, b_up, b_down, score, token_index, expert_index, slots_per_token, activation, layout, backend, keep, store_z=False):
     slots, results = expert_index.shape[0], [x.new_empty(x.shape)]
     if keep:
@@ -200,7 +200,7 @@ def _backward(
     return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
 
 
-@torch.library.register_fake("sonicmoe::routed_experts_backward")
+@fake(_backward)
 def _(dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, experts, slots_per_token, activation, layout, backend, needs):
     hidden_size = dout.shape[1]
     up_rows = 0 if z is None else z.shape[1]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from dispatch.operators import differentiable, not_differentiable, operator, without_autocast
+from dispatch.operators import differentiable, fake, not_differentiable, operator, without_autocast
 from sonicmoe.linalg import accumulation_dtype, bfloat16_pair, matmul
 
 
@@ -69,7 +69,7 @@ def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return matmul(x, weight.mT)
 
 
-@torch.library.register_fake("sonicmoe::router_logits")
+@fake(_logits)
 def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=accumulation_dtype(torch.promote_types(x.dtype, weight.dtype)))
 
@@ -102,7 +102,7 @@ def _paired_grad(
     return dx, dweight
 
 
-@torch.library.register_fake("sonicmoe::router_logits_grad")
+@fake(_logits_grad)
 def _(dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 

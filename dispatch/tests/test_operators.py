@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch.operators import differentiable, not_differentiable, operator, without_autocast
+from dispatch.operators import differentiable, fake, not_differentiable, operator, without_autocast
 
 bodies = []
 
@@ -15,7 +15,7 @@ def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x * factor
 
 
-@torch.library.register_fake("sonicmoe_test::scale")
+@fake(scale)
 def _(x: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -72,6 +72,12 @@ def test_who_handles_operators_gets_the_operator():
     assert "sonicmoe_test::scale" in seen.names
     assert takes_dispatcher(lambda: scale(x.as_subclass(Subclass), 2.0))
     assert "scale" in str(torch.fx.experimental.proxy_tensor.make_fx(lambda x: scale(x, 2.0))(x).code)
+
+
+def test_tensors_without_data_get_what_the_fake_makes():
+    bodies.clear()
+    assert scale(torch.empty(3, device="meta"), 2.0).is_meta
+    assert not bodies
 
 
 def test_gradients_are_the_same_straight_and_through_the_dispatcher():

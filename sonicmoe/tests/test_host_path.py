@@ -5,7 +5,9 @@ the host half hands over the right tensors.
 """
 
 import contextlib
+import os
 import statistics
+import subprocess
 import sys
 import time
 import types
@@ -286,3 +288,34 @@ def test_host_time_per_forward_is_under_60_microseconds(mode):
             times.append((time.perf_counter() - begin) / 20 * 1e6)
     print(f"{mode}: {min(times[1:]):.1f} us at best, median {statistics.median(times[1:]):.1f} us")
     assert min(times[1:]) < LIMIT_US
+
+
+FIRST_CALL = """
+import time, torch
+torch.zeros(1, device="cuda")
+torch.cuda.synchronize()
+begin = time.perf_counter()
+from sonicmoe import MoE
+imported = time.perf_counter()
+layer = MoE(1024, 512, 64, 8, dtype=torch.bfloat16, device="cuda", backend="hopper")
+x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+made = time.perf_counter()
+with torch.no_grad():
+    layer(x)
+torch.cuda.synchronize()
+print(imported - begin, time.perf_counter() - made)
+"""
+
+
+@pytest.mark.gpu
+def test_first_call_of_a_fresh_process_is_under_a_fifth_of_a_second():
+    """Importing the package and the first forward, with the kernels prebuilt, once torch is imported and has its CUDA context. The
+    best of three processes."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True, check=True) for _ in range(3)
+    ]
+    parts = [[float(seconds) for seconds in run.stdout.split()] for run in runs]
+    print("import and first forward, seconds:", parts)
+    assert min(map(sum, parts)) < 0.2
