@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -96,6 +97,19 @@ def out(toy, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def resources(out):
+    """Of both objects, by variant: the disassembler takes a second for each."""
+    return {variant: read_resources(out / f"{variant.name}.so")[0] for variant in (ADD, SPILLING)}
+
+
+@pytest.fixture
+def read_before(resources, monkeypatch):
+    """The commands find what was read before."""
+    known = {f"{variant.name}.so": [one] for variant, one in resources.items()}
+    monkeypatch.setattr("cute_runtime.cli.read_resources", lambda path: known[path.name])
+
+
 ADD = Variant("toy.kernels.add", {"spill": False})
 SPILLING = Variant("toy.kernels.add", {"spill": True})
 
@@ -120,28 +134,57 @@ def test_manifest_says_what_the_object_was_made_from(out):
     assert manifest.sources == sources_module.sources(ADD)
 
 
-def test_resources_are_read_from_the_machine_code(out):
-    (resources,) = read_resources(out / f"{ADD.name}.so")
-    assert "kernel" in resources.function
-    assert 8 <= resources.registers <= 32
-    assert resources.instructions > 10
-    assert resources.hgmma == 0
-    assert not resources.uses_local_memory
+def test_resources_are_read_from_the_machine_code(resources):
+    plain = resources[ADD]
+    assert "kernel" in plain.function
+    assert 8 <= plain.registers <= 32
+    assert plain.threads == 128
+    assert plain.instructions > 10
+    assert plain.hgmma == 0
+    assert not plain.uses_local_memory
 
 
-def test_local_memory_is_noticed(out):
-    (resources,) = read_resources(out / f"{SPILLING.name}.so")
-    assert resources.uses_local_memory
-    assert resources.stl > 0
-    assert resources.ldl > 0
-    assert resources.stack_bytes >= 256
+def test_local_memory_is_noticed(resources):
+    spilling = resources[SPILLING]
+    assert spilling.uses_local_memory
+    assert spilling.stl > 0
+    assert spilling.ldl > 0
+    assert spilling.stack_bytes >= 256
 
 
-def test_inspect_prints_the_same_numbers_as_json(out, toy, capsys):
+def test_inspect_prints_the_same_numbers_as_json(out, toy, resources, capsys):
     assert main(["inspect", "--package", "toy", "--dir", str(out), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    expected = [one for variant in (ADD, SPILLING) for one in read_resources(out / f"{variant.name}.so")]
-    assert printed == [dataclasses.asdict(one) for one in expected]
+    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(one) for one in resources.values()]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "fault"),
+    [
+        (ADD, [], None),
+        (ADD, ["--wgmma", "dispatch.*"], None),
+        (ADD, ["--wgmma", "dispatch.*", "--wgmma", "toy.*"], "no HGMMA instruction in .*: its products must run on wgmma"),
+        (SPILLING, [], r"[0-9]+ bytes of stack, .* loads and [0-9]+ stores in .*: must be none"),
+    ],
+)
+def test_check_fails_for_what_must_not_be_in_machine_code(out, toy, read_before, capsys, variant, options, fault):
+    assert main(["inspect", "--variant", variant.name, "--dir", str(out), "--check", *options]) == (1 if fault else 0)
+    faults = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cute_runtime: ")]
+    assert len(faults) == (1 if fault else 0)
+    if fault:
+        assert re.match(rf"cute_runtime: {re.escape(variant.name)}: {fault}", faults[0])
+
+
+def test_build_checks_what_it_built(out, toy, read_before, capsys):
+    assert main(["build", "--package", "toy", "--out", str(out), "--quiet", "--check"]) == 1
+    (fault,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cute_runtime: ")]
+    assert fault.startswith(f"cute_runtime: {SPILLING.name}: ")
+
+
+def test_registers_beyond_a_block_are_a_fault(resources):
+    assert resources[ADD].faults() == []
+    (fault,) = dataclasses.replace(resources[ADD], registers=129, threads=512).faults()
+    assert "129 registers for each of 512 threads" in fault
+    assert fault.endswith("must be at most 65536 together")
 
 
 def test_current_object_is_kept_and_stale_one_rebuilt(out, toy, monkeypatch):
@@ -199,6 +242,7 @@ def test_missing_disassembler_says_how_to_get_it(out, monkeypatch):
         (["list", "--package", "json"], "package='json': must have a module json.kernels.variants"),
         (["list", "--package", "toy", "--variant", ADD.name], "--variant: must not be combined with --package"),
         (["inspect", "--variant", ADD.name, "--dir", "OUT"], f"{ADD.name}: no object in"),
+        (["build", "--variant", ADD.name, "--out", "OUT", "--wgmma", "*"], "--wgmma *: must come with --check"),
     ],
 )
 def test_bad_request_is_one_line_and_exit_code_2(toy, tmp_path, capsys, arguments, message):

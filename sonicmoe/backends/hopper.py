@@ -24,7 +24,7 @@ __all__ = ["DTYPES", "activation_backward", "down_projection", "down_weight_grad
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-_MOST_GATHERED = 2**34 - 1
+MOST_GATHERED = 2**34 - 1
 """Elements of x: where a row begins is an int32 in units of 16 bytes."""
 
 
@@ -60,7 +60,7 @@ def forward(
             pointers |= bias.data_ptr()
             contiguous = contiguous and bias.is_contiguous()
     if pointers % 16 or not contiguous:
-        _check("x", x, w_up=w_up, w_down=w_down, b_up=b_up, b_down=b_down)
+        check_dtypes("x", x, w_up=w_up, w_down=w_down, b_up=b_up, b_down=b_down)
     device, slots = x.device, expert_index.shape[0]
     launch = _forward_launch(
         *(x.shape, w_up.shape, slots, slots_per_token, x.dtype, expert_index.dtype, device),
@@ -119,8 +119,8 @@ def _forward_launch(
 ) -> ForwardLaunch | None:
     """None where there is nothing to compute, and for a plan that is too large for the kernels."""
     (tokens, hidden), (experts, width, _) = x, w_up
-    if tokens * hidden > _MOST_GATHERED:
-        raise ValueError(f"x: {tokens * hidden} elements: must be at most {_MOST_GATHERED}")
+    if tokens * hidden > MOST_GATHERED:
+        raise ValueError(f"x: {tokens * hidden} elements: must be at most {MOST_GATHERED}")
     if not slots or not tokens or max(slots, tokens, experts) > plan_hopper.MAX_SIZE:
         return None
     uniform = slots_per_token is not None
@@ -133,7 +133,7 @@ def _forward_launch(
         (slots, reduced),
         (slots, width),
         (slots, hidden),
-        _blocks(device),
+        blocks(device),
     )
 
 
@@ -158,9 +158,9 @@ def up_projection(
         TypeError, ValueError: a tensor that the kernel cannot take as it is, in one sentence, before any work.
     """
     rows, width, experts = plan.row_to_token.shape[0], w_up.shape[1], w_up.shape[0]
-    _check("x", x, w_up=w_up, b_up=b_up)
-    if x.numel() > _MOST_GATHERED:
-        cute_runtime.check_launch(max_elements=_MOST_GATHERED, x=x)
+    check_dtypes("x", x, w_up=w_up, b_up=b_up)
+    if x.numel() > MOST_GATHERED:
+        cute_runtime.check_launch(max_elements=MOST_GATHERED, x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
     kernel, a_width = _up_launch(rows, width, experts, x.dtype, activation, gate_up_layout, store_z, b_up is not None)
     a = x.new_empty(rows, a_width)
@@ -168,7 +168,7 @@ def up_projection(
     if kernel is not None:
         device = x.device
         with cute_runtime.on_device(device):
-            kernel(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, _blocks(device))
+            kernel(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, blocks(device))
     return a, z
 
 
@@ -185,18 +185,18 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     """
     rows, reduced = a.shape
     experts, hidden, _ = w_down.shape
-    _check("a", a, w_down=w_down, b_down=b_down)
+    check_dtypes("a", a, w_down=w_down, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
     kernel = _down_launch(rows, experts, reduced, a.dtype, b_down is not None)
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
-            kernel(a, w_down, b_down, plan.offsets, y, _blocks(device))
+            kernel(a, w_down, b_down, plan.offsets, y, blocks(device))
     return y
 
 
-def _check(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_dtypes(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     if first.dtype not in DTYPES:
         raise TypeError(f"{name}: dtype {first.dtype}: the Hopper kernels take bfloat16 or float16")
     for other, tensor in others.items():
@@ -205,7 +205,7 @@ def _check(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> Non
     cute_runtime.check_launch(**{name: first}, **others)
 
 
-def _blocks(device: torch.device) -> int:
+def blocks(device: torch.device) -> int:
     """One persistent block a multiprocessor, an even number so that clusters of two are whole."""
     return multiprocessors(device) // 2 * 2
 
