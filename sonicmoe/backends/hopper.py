@@ -117,18 +117,18 @@ def _forward_launch(
     up_bias: bool,
     down_bias: bool,
 ) -> ForwardLaunch | None:
-    """None where there is nothing to compute, and for a plan that is too large for the kernels."""
+    """None where there is nothing to compute. Raises ValueError where an index of a kernel would overflow."""
     (tokens, hidden), (experts, width, _) = x, w_up
     if tokens * hidden > MOST_GATHERED:
         raise ValueError(f"x: {tokens * hidden} elements: must be at most {MOST_GATHERED}")
-    if not slots or not tokens or max(slots, tokens, experts) > plan_hopper.MAX_SIZE:
+    if not slots or not tokens:
         return None
     uniform = slots_per_token is not None
-    up, reduced = _up_launch(slots, width, experts, dtype, activation, gate_up_layout, store_z, up_bias)
+    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias)
     return ForwardLaunch(
         plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
         up,
-        _down_launch(slots, experts, reduced, dtype, down_bias),
+        _down_launch(slots, experts, hidden, reduced, dtype, down_bias),
         gather_sum_hopper.kernel(dtype, uniform, True),
         (slots, reduced),
         (slots, width),
@@ -162,7 +162,7 @@ def up_projection(
     if x.numel() > MOST_GATHERED:
         cute_runtime.check_launch(max_elements=MOST_GATHERED, x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
-    kernel, a_width = _up_launch(rows, width, experts, x.dtype, activation, gate_up_layout, store_z, b_up is not None)
+    kernel, a_width = _up_launch(rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None)
     a = x.new_empty(rows, a_width)
     z = x.new_empty(rows, width) if store_z else None
     if kernel is not None:
@@ -188,7 +188,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     check_dtypes("a", a, w_down=w_down, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
-    kernel = _down_launch(rows, experts, reduced, a.dtype, b_down is not None)
+    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None)
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
@@ -212,13 +212,14 @@ def blocks(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _up_launch(
-    rows: int, width: int, experts: int, dtype: torch.dtype, activation: str, gate_up_layout: str, store_z: bool, bias: bool
+    rows: int, width: int, experts: int, hidden: int, dtype: torch.dtype, activation: str, gate_up_layout: str, store_z: bool, bias: bool
 ) -> tuple[Callable[..., None] | None, int]:
     """The kernel for these sizes, None where there is nothing to compute, and the columns of a."""
     gated = is_gated(activation)
     columns = width // 2 if gated else width
     if rows == 0:
         return None, columns
+    _check_reach(rows, w_up=width * hidden)
     variant = variants.up_projection(
         tile=up_tile(rows=rows, experts=experts),
         dtype=DTYPES[dtype],
@@ -231,9 +232,19 @@ def _up_launch(
 
 
 @functools.lru_cache(maxsize=1024)
-def _down_launch(rows: int, experts: int, reduced: int, dtype: torch.dtype, bias: bool) -> Callable[..., None] | None:
+def _down_launch(rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool) -> Callable[..., None] | None:
     """The kernel for these sizes, None where there is nothing to compute."""
     if rows == 0:
         return None
+    _check_reach(rows, w_down=hidden * reduced)
     tile = down_tile(rows=rows, experts=experts, reduced=reduced)
     return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias))
+
+
+def _check_reach(rows: int, **expert_elements: int) -> None:
+    """Refuse sizes beyond the kernels' int32: rows and what is added to them, and the layout of one expert's weight."""
+    if rows > plan_hopper.MAX_SIZE:
+        raise ValueError(f"routing: {rows} slots: must be at most {plan_hopper.MAX_SIZE} for the kernels")
+    for name, elements in expert_elements.items():
+        if elements > cute_runtime.INT32_ELEMENTS:
+            raise ValueError(f"{name}: {elements} elements an expert: must be at most {cute_runtime.INT32_ELEMENTS}")

@@ -32,6 +32,12 @@ def test_auto_takes_hopper_on_sm_90_only(monkeypatch, capability, chosen):
     assert backends.resolve("auto", torch.device("cuda:0"), torch.float16) == chosen
 
 
+def test_hopper_is_refused_on_another_gpu(monkeypatch):
+    pretend_capability(monkeypatch, (10, 0))
+    with pytest.raises(ValueError, match=r'^backend="hopper": the tensors are on cuda:1, must be an sm_90 GPU$'):
+        backends.resolve("hopper", torch.device("cuda:1"), torch.bfloat16)
+
+
 def test_float32_runs_on_the_reference_and_is_refused_by_hopper(monkeypatch):
     pretend_capability(monkeypatch, (9, 0))
     assert backends.resolve("auto", torch.device("cuda:0"), torch.float32) == "reference"

@@ -302,6 +302,16 @@ BAD = {
     "dtype": (lambda a: a.update(w_down=a["w_down"].float()), TypeError, r"w_down has dtype torch.float32: must be x's torch.float64"),
     "x_dtype": (lambda a: a.update(x=a["x"].long()), TypeError, r"dtype=torch.int64: must be one of torch.bfloat16"),
     "device": (lambda a: a.update(w_up=a["w_up"].to("meta")), ValueError, "w_up is on meta: must be on x's device cpu"),
+    "bias_device": (
+        lambda a: a.update(b_down=torch.zeros(3, 16, dtype=torch.float64, device="meta")),
+        ValueError,
+        "b_down is on meta: must",
+    ),
+    "routing_device": (
+        lambda a: a.update(routing=GOOD._replace(score=GOOD.score.detach().to("meta"))),
+        ValueError,
+        "routing.score is on meta: must be on x's device cpu",
+    ),
     "activation": (lambda a: a.update(activation="swish"), ValueError, r"activation='swish': must be one of swiglu, geglu"),
     "layout": (lambda a: a.update(gate_up_layout="mixed"), ValueError, r"gate_up_layout='mixed': must be one of interleaved, conc"),
     "backend": (lambda a: a.update(backend="cuda"), ValueError, r"backend='cuda': must be one of auto, hopper, reference"),

@@ -187,20 +187,51 @@ def test_slots_in_any_order_take_the_fused_forward_too(stand_ins, monkeypatch):
     torch.testing.assert_close(got, routed_experts(x, w_up, w_down, routing, backend="reference"), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["strided x", "misaligned w_up", "strided w_down"])
+@pytest.mark.parametrize("change", ["strided x", "misaligned w_up", "strided w_down", "strided b_down"])
 def test_tensors_that_no_kernel_takes_are_refused_before_any_launch(stand_ins, change):
-    (x, w_up, w_down, routing), _ = make_arguments(make_layer())
-    x, w_up, w_down = x.detach(), w_up.detach(), w_down.detach()
+    (x, w_up, w_down, routing), biases = make_arguments(make_layer(bias=True))
+    x, w_up, w_down, b_down = (tensor.detach() for tensor in (x, w_up, w_down, biases["b_down"]))
     stand_ins.launched.clear()
     if change == "strided x":
         x, message = torch.cat((x, x), dim=1)[:, :H], r"^x: shape \(40, 32\) with strides \(64, 1\): must be contiguous$"
     elif change == "misaligned w_up":
         w_up = torch.cat((torch.zeros(1, dtype=w_up.dtype), w_up.flatten()))[1:].view_as(w_up)
         message = r"^w_up: data pointer 0x[0-9a-f]+: must be a multiple of 16 bytes$"
+    elif change == "strided b_down":
+        b_down, message = b_down.mT.contiguous().mT, r"^b_down: shape \(8, 32\) with strides \(1, 8\): must be contiguous$"
     else:
         w_down, message = w_down.mT.contiguous().mT, r"^w_down: shape \(8, 32, 16\) with strides \(512, 1, 32\): must be contiguous$"
     with pytest.raises(ValueError, match=message):
-        routed_experts(x, w_up, w_down, routing)
+        routed_experts(x, w_up, w_down, routing, b_down=b_down)
+    assert stand_ins.launched == []
+
+
+def launch_of(tokens=T, hidden=H, width=2 * I, k=K):
+    """`hopper.forward`'s choice for these sizes."""
+    sizes = (torch.Size((tokens, hidden)), torch.Size((E, width, hidden)), tokens * k, k)
+    kinds = (torch.bfloat16, torch.int32, torch.device("cpu"), "swiglu", "interleaved")
+    return hopper._forward_launch(*sizes, *kinds, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tokens": 2**21, "hidden": 2**13}, "x: 17179869184 elements: must be at most 17179869183"),
+        ({"tokens": 2**20, "k": 1025}, "routing: 1074790400 slots: must be at most 1073741824 for the kernels"),
+        ({"hidden": 2**16, "width": 2**15}, "w_up: 2147483648 elements an expert: must be at most 2147483647"),
+    ],
+    ids=["x", "slots", "w_up"],
+)
+def test_sizes_that_overflow_an_index_are_refused_before_any_launch(stand_ins, sizes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        launch_of(**sizes)
+    assert launch_of(tokens=2**20, k=1024).a == (2**30, I)
+
+
+def test_more_chosen_slots_than_an_index_reaches_are_refused_before_any_launch(stand_ins):
+    logits = torch.zeros(1, 1).expand(2**28, 8)
+    with pytest.raises(ValueError, match=r"^logits: shape \(268435456, 8\): T \* k=2147483648 must be at most 2147483647$"):
+        top_k(logits, 8)
     assert stand_ins.launched == []
 
 
