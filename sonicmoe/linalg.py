@@ -11,8 +11,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(M, K) @ (K, N) -> (M, N) in `accumulation_dtype` of the wider operand, never rounded to a narrower one."""
     if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
-        # The matrix units, without widened copies. PyTorch 2.11 to 2.13 have mm's out_dtype on GPUs only, without a derivative and
-        # without a meta kernel: it is called below autograd and inside an operator.
+        # The matrix units, without widened copies. PyTorch (2.13) has mm's out_dtype on GPUs only, without a derivative and without a
+        # meta kernel: it is called below autograd and inside an operator.
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
     return torch.mm(a.to(wide), b.to(wide))
