@@ -24,8 +24,8 @@ def operator(name: str) -> Callable[[Callable], Callable]:
     """Turn a function with type hints into a call of the operator ``name`` ("namespace::operator"), which then stands in its place.
 
     The body runs on every device, below autograd, and must neither change nor return an argument, nor return two views of one
-    memory. A fake implementation is added with torch.library.register_fake by name, a gradient with :func:`differentiable`; the
-    operator itself is the function's attribute ``op``.
+    memory. :func:`fake` adds what it returns for tensors without data, :func:`differentiable` a gradient; the operator itself is the
+    function's attribute ``op``.
 
     In eager mode, where nothing looks at operators, the function calls its body itself: PyTorch's dispatcher takes longer for a body
     in Python than a launch does. Tracing, dispatch modes, functorch's transforms and subclasses of tensors get the operator.

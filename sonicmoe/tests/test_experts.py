@@ -275,6 +275,21 @@ def test_compiles_without_graph_breaks_to_the_same_bits(dtype):
     assert torch.equal(compiled(*frozen), function(*frozen))
 
 
+def test_traced_forward_holds_one_operator():
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes if str(node.target).startswith("sonicmoe")])
+        return graph
+
+    routing = ROUTINGS["all_rows_to_one_expert"]
+    routing = routing._replace(score=routing.score.detach())
+    inputs = [tensor.detach() for tensor in make_inputs(3, tokens=4, dtype=torch.float64)]
+    compiled = torch.compile(lambda *tensors: call(*tensors, routing.score, routing=routing), fullgraph=True, backend=backend)
+    assert torch.equal(compiled(*inputs), call(*inputs, routing.score, routing=routing))
+    assert graphs == [["sonicmoe.routed_experts.default"]]
+
+
 def test_second_derivatives_are_refused():
     routing = ROUTINGS["all_rows_to_one_expert"]
     inputs = make_inputs(3, tokens=4, dtype=torch.float64)
