@@ -258,7 +258,7 @@ def compile_all(session: nox.Session) -> None:
 
     Fails where one spills, uses local memory or more registers than a block gets, or where an expert product does not run on wgmma.
     """
-    python = interpreter(session, "compile")
+    python = interpreter(session, "dev")
     system_tool(session, "cc")
     arguments = session.posargs if "--out" in session.posargs else ["--out", OUT / "kernels", *session.posargs]
     check = ["--check", "--wgmma", "sonicmoe.*_projection-*"]

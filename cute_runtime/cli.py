@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cute_runtime.build import KernelCompileError, MissingToolError, build_all
 from cute_runtime.discover import prebuilt_folders, prebuilt_variants
 from cute_runtime.objects import CorruptObjectError
-from cute_runtime.resources import Resources, read_resources
+from cute_runtime.resources import Resources, cuobjdump, read_resources
 from cute_runtime.variant import Variant
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _selected(args: argparse.Namespace) -> list[Variant]:
 
 def _build(args: argparse.Namespace) -> int:
     variants = _selected(args)
-    _refuse_glob_alone(args)
+    _prepare_check(args)
     console = _console(quiet=args.quiet)
     with _progress("compiling", len(variants), console) as advance:
 
@@ -132,9 +132,12 @@ def _report_faults(args: argparse.Namespace, resources: list[Resources], console
     return len(faults)
 
 
-def _refuse_glob_alone(args: argparse.Namespace) -> None:
+def _prepare_check(args: argparse.Namespace) -> None:
+    """Refuse, before anything is compiled, what could not be checked afterwards."""
     if args.wgmma and not args.check:
         raise ValueError(f"--wgmma {args.wgmma[0]}: must come with --check")
+    if args.check:
+        cuobjdump()
 
 
 def _console(*, quiet: bool) -> "Console":
@@ -165,7 +168,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     paths = [_object_of(variant, args.dir) for variant in _selected(args)]
-    _refuse_glob_alone(args)
+    _prepare_check(args)
     console = _console(quiet=not args.check)
     resources = _read_all(paths, args.jobs, console)
     if args.json:

@@ -69,7 +69,7 @@ def read_resources(path: Path) -> list[Resources]:
         MissingToolError: cuobjdump or nvdisasm is not installed.
         CorruptObjectError, FileNotFoundError: see :func:`cute_runtime.objects.split_object`.
     """
-    tool = _cuobjdump()
+    tool = cuobjdump()
     manifest, shared_object = split_object(path)
     with tempfile.TemporaryDirectory(prefix="cute_runtime.") as scratch:
         file = Path(scratch) / "kernel.fatbin"
@@ -99,8 +99,12 @@ def read_resources(path: Path) -> list[Resources]:
     return result
 
 
-def _cuobjdump() -> Path:
-    """cuobjdump of the Python packages, else on PATH. It calls nvdisasm, which must lie beside it or on PATH."""
+def cuobjdump() -> Path:
+    """cuobjdump of the Python packages, else on PATH. It calls nvdisasm, which must lie beside it or on PATH.
+
+    Raises:
+        MissingToolError: one of them is not installed.
+    """
     in_packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/cuobjdump"))
     on_path = shutil.which("cuobjdump")
     for tool in [*in_packages, *([Path(on_path)] if on_path else [])]:

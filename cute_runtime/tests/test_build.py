@@ -233,6 +233,14 @@ def test_missing_disassembler_says_how_to_get_it(out, monkeypatch):
         read_resources(out / f"{ADD.name}.so")
 
 
+def test_a_check_without_disassembler_fails_before_anything_is_compiled(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nonexistent")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main(["build", "--variant", ADD.name, "--out", str(tmp_path / "out"), "--check"]) == 2
+    assert "cuobjdump and nvdisasm not found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
