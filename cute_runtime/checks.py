@@ -75,7 +75,8 @@ def _all_fit(alignment: int, tensors: "Iterable[torch.Tensor | None]") -> bool:
 
 def on_device(device: "torch.device") -> contextlib.AbstractContextManager:
     """A context in which ``device`` is CUDA's current one. Where it is already, as nearly always, entering it costs next to nothing."""
-    return _AS_IT_IS if _current_device()() == device.index else _switched(device)
+    index = device.index
+    return _AS_IT_IS if index is not None and _current_device()() == index else _switched(device)
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """What a kernel cannot take is refused before launch, in one sentence that names the argument."""
 
+import contextlib
+
 import pytest
 import torch
 
-from cute_runtime import INT32_ELEMENTS, check_launch, checks, is_supported_device
+from cute_runtime import INT32_ELEMENTS, check_launch, checks, is_supported_device, on_device
 
 
 @pytest.fixture
@@ -49,6 +51,16 @@ def test_more_elements_than_an_int32_reaches_are_refused(any_device):
     with pytest.raises(ValueError, match=r"^rows: 2147483648 elements: must be at most 2147483647$"):
         check_launch(max_elements=INT32_ELEMENTS, rows=tensor)
     check_launch(rows=tensor)
+
+
+def test_device_is_switched_only_where_another_one_is_current(monkeypatch):
+    switched = []
+    monkeypatch.setattr(checks, "_current_device", lambda: lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: switched.append(device) or contextlib.nullcontext())
+    for name in ("cuda:1", "cuda:0"):
+        with on_device(torch.device(name)):
+            pass
+    assert switched == [torch.device("cuda:0")]
 
 
 def test_absent_tensors_are_skipped(any_device):
