@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def build(variant: Variant, out_dir: str | os.PathLike) -> Path:
         KernelCompileError: the compiler refuses the kernel; its output is kept as ``out_dir/<name>.log``.
         ValueError: there is no such kernel, or ``out_dir`` cannot be written.
     """
-    compiler, cc = _tools()
+    compiler, _ = tools()
     digests = sources(variant)
     variant_key = key(variant, digests, compiler)
     out_dir = writable_folder(out_dir, "out_dir")
@@ -53,7 +53,7 @@ def build(variant: Variant, out_dir: str | os.PathLike) -> Path:
     if _is_current(path, variant_key):
         return path
     with tempfile.TemporaryDirectory(prefix="cute_runtime.") as scratch:
-        shared_object = _run_compile_step(variant, cc, Path(scratch), out_dir / f"{variant.name}.log")
+        shared_object = run_compile_step(variant, Path(scratch), out_dir / f"{variant.name}.log")
     write_object(path, shared_object, variant=variant, key=variant_key, compiler=f"{COMPILER} {compiler}", arch=ARCH, sources=digests)
     return path
 
@@ -95,8 +95,8 @@ def writable_folder(folder: str | os.PathLike, argument: str) -> Path:
     return path
 
 
-def _tools() -> tuple[str, str]:
-    """Version of the kernel compiler and path of the C compiler."""
+def tools() -> tuple[str, str]:
+    """Version of the kernel compiler and path of the C compiler; MissingToolError where one is missing."""
     compiler = compiler_version()
     if compiler is None:
         raise MissingToolError(f'{COMPILER} is not installed: it compiles kernels; get it with pip install "sonicmoe[compile]"')
@@ -114,8 +114,12 @@ def _is_current(path: Path, variant_key: str) -> bool:
         return False
 
 
-def _run_compile_step(variant: Variant, cc: str, scratch: Path, log: Path) -> bytes:
-    """Run the compile step with everything it writes in ``scratch``; returns the shared object. A failure leaves ``log``."""
+def run_compile_step(variant: Variant, scratch: Path, log: Path, emulator: Mapping[str, str] | None = None) -> bytes:
+    """Run the compile step with everything it writes in ``scratch``; returns the shared object. A failure leaves ``log``.
+
+    ``emulator``: what :mod:`cute_runtime.emulator` wants beside it, see compile_worker.py.
+    """
+    _, cc = tools()
     output = scratch / "kernel.so"
     request = scratch / "request.json"
     request.write_text(
@@ -128,6 +132,7 @@ def _run_compile_step(variant: Variant, cc: str, scratch: Path, log: Path) -> by
                 "cc": cc,
                 "output": str(output),
                 "function": FUNCTION,
+                **({"emulator": dict(emulator)} if emulator else {}),
             }
         )
     )

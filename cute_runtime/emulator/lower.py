@@ -1,0 +1,488 @@
+"""From PTX statements to the core's instructions. An instruction or a modifier that is not listed here is an error that names it."""
+
+import re
+import struct
+from collections.abc import Callable
+
+from cute_runtime.emulator.program import Program, Read, Write
+from cute_runtime.emulator.ptx import TYPE_BYTES, Kernel, PTXError, Statement
+
+FTZ, SATURATE = 1, 2
+ROUNDING = {"rn": 0, "rz": 1, "rm": 2, "rp": 3}
+HALVES = {"f16": 1, "f16x2": 2, "bf16": 1, "bf16x2": 2}
+SPACES = {"": 0, "global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 2, "param": 3, "local": 4}
+SHARED_WINDOW, LOCAL_WINDOW = 1 << 48, 3 << 48
+SCOPES = ("cta", "cluster", "gpu", "sys")
+
+_HANDLERS: dict[str, Callable[["_Lowering"], None]] = {}
+
+
+def lower(kernel: Kernel, opcodes: dict[str, int], types: dict[str, int]) -> Program:
+    """The core's program for a kernel.
+
+    Raises:
+        PTXError: with the line and the instruction that is not emulated.
+    """
+    program = Program(kernel, opcodes)
+    for statement in kernel.statements:
+        try:
+            program.begin(statement)
+            handler = _HANDLERS.get(statement.opcode.split(".")[0])
+            if handler is None:
+                raise PTXError("is not emulated")
+            lowering = _Lowering(program, statement, types)
+            handler(lowering)
+            lowering.end()
+        except PTXError as error:
+            text = " ".join([statement.opcode, ", ".join("".join(operand) for operand in statement.operands)])
+            raise PTXError(f"line {statement.line}: {text[:200]}: {error}") from None
+    program.finish()
+    return program
+
+
+def _handles(*names: str) -> Callable[[Callable], Callable]:
+    def register(function: Callable) -> Callable:
+        _HANDLERS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class _Lowering:
+    """One statement: its modifiers are taken one by one, what is left over at the end is an error."""
+
+    def __init__(self, program: Program, statement: Statement, types: dict[str, int]) -> None:
+        self.program = program
+        self.emit = program.emit
+        self.name, *self.modifiers = statement.opcode.split(".")
+        self.operands = statement.operands
+        self.types = types
+
+    def end(self) -> None:
+        if self.modifiers:
+            raise PTXError(f".{self.modifiers[0]} is not emulated")
+
+    def take(self, *names: str) -> str:
+        """The first modifier that is one of ``names``, removed; "" if none is."""
+        for modifier in self.modifiers:
+            if modifier in names:
+                self.modifiers.remove(modifier)
+                return modifier
+        return ""
+
+    def need(self, *names: str) -> str:
+        found = self.take(*names)
+        if not found:
+            raise PTXError(f"one of {', '.join(names)} is expected")
+        return found
+
+    def ptx_type(self) -> str:
+        """The type, always the last modifier."""
+        if not self.modifiers or self.modifiers[-1] not in TYPE_BYTES:
+            raise PTXError("its type is not emulated")
+        return self.modifiers.pop()
+
+    def count(self, *allowed: int) -> None:
+        if len(self.operands) not in allowed:
+            raise PTXError(f"has {len(self.operands)} operands")
+
+    def float_flags(self) -> int:
+        rounding = self.take(*ROUNDING)
+        flags = ROUNDING[rounding or "rn"] << 4
+        return flags | (FTZ if self.take("ftz") else 0) | (SATURATE if self.take("sat") else 0)
+
+    # ---- operands ----
+
+    def immediate(self, token: str, width: int, is_float: bool) -> int | None:
+        """Bits of a literal, or None where it is none."""
+        if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", token):
+            bits = int(match[1], 16)
+            return bits if width != 8 else int.from_bytes(struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]), "little")
+        if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", token):
+            bits = int(match[1], 16)
+            return bits if width == 8 else struct.unpack("<I", struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]))[0]
+        if match := re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", token):
+            value = int(match[2], 8 if re.fullmatch(r"0[0-7]+", match[2]) else 0) * (-1 if match[1] else 1)
+            return int.from_bytes(struct.pack("<f" if width == 4 else "<d", value), "little") if is_float else value
+        if is_float and re.fullmatch(r"-?\d+\.\d*([eE][-+]?\d+)?", token):
+            return int.from_bytes(struct.pack("<f" if width == 4 else "<d", float(token)), "little")
+        return None
+
+    def source(self, operand: list[str] | str, width: int, *, is_float: bool = False, wider: bool = False) -> Read:
+        """Offset of a source of ``width`` bytes a lane: a register, a constant, a special register or the address of a variable."""
+        tokens = [operand] if isinstance(operand, str) else operand
+        program, token = self.program, tokens[0]
+        if len(tokens) == 3 and tokens[1] == "+" and token in program.symbols:
+            return Read(program.constant(program.symbols[token] + int(tokens[2]), width))
+        if len(tokens) != 1:
+            raise PTXError(f"operand {''.join(tokens)} is not emulated here")
+        if token in program.offsets:
+            found = program.widths[token]
+            if found != width and not (wider and found >= width):
+                raise PTXError(f"{token} has {found} bytes, {width} are expected")
+            return Read(program.offsets[token])
+        if token in program.symbols:
+            return Read(program.constant(program.symbols[token], width))
+        bits = self.immediate(token, width, is_float)
+        if bits is None:
+            raise PTXError(f"operand {token} is not known")
+        return Read(program.constant(bits, width))
+
+    def target(self, operand: list[str] | str, width: int, *, wider: bool = False) -> Write:
+        tokens = [operand] if isinstance(operand, str) else operand
+        if tokens == ["_"]:
+            return Write(-1)
+        found = self.program.widths.get(tokens[0])
+        if len(tokens) != 1 or found is None or (found != width and not (wider and found >= width)):
+            raise PTXError(f"target {''.join(tokens)}: a register of {width} bytes is expected")
+        return Write(self.program.offsets[tokens[0]])
+
+    def width(self, token: str, default: int) -> int:
+        """Bytes a lane of a register; ``default`` for anything else."""
+        return self.program.widths.get(token, default)
+
+    def predicate(self, operand: list[str]) -> tuple[Read, bool]:
+        """Offset and whether it is negated."""
+        negated = operand[0] == "!"
+        token = operand[-1]
+        if bits := re.fullmatch(r"[01]", token):
+            return Read(self.program.constant(int(bits[0]), 0)), negated
+        return self.source(token, 0), negated
+
+    def address(self, operand: list[str]) -> list[int]:
+        """[register + constant] as the core takes it."""
+        if operand[0] != "[" or operand[-1] != "]":
+            raise PTXError(f"operand {''.join(operand)}: an address is expected")
+        return self.address_in(operand[1:-1])
+
+    def address_in(self, tokens: list[str]) -> list[int]:
+        base, *rest = tokens
+        offset = 0
+        if rest:
+            if rest[0] != "+" or len(rest) != 2:
+                raise PTXError(f"address {''.join(tokens)} is not emulated")
+            offset = int(rest[1], 0)
+        if base in self.program.symbols:
+            return [Read(self.program.constant(self.program.symbols[base] + offset, 8)), 8, 0]
+        width = self.width(base, 8)
+        return [self.source(base, width), width, offset]
+
+    def vector(self, operand: list[str]) -> list[str]:
+        """The elements of {a, b}, or of a single operand."""
+        if operand[0] != "{":
+            return ["".join(operand)]
+        return [token for token in operand[1:-1] if token != ","]
+
+
+def _suffix(ptx_type: str, *, signed: bool) -> str:
+    """Name of an integer type in the core: b32 where the sign does not matter."""
+    if ptx_type[0] in "bus" and ptx_type[1:] in ("16", "32", "64"):
+        return ptx_type.replace("b", "u") if signed else "b" + ptx_type[1:]
+    raise PTXError(f"type .{ptx_type} is not emulated")
+
+
+# ---- computing ----
+
+
+@_handles("add", "sub", "min", "max", "mul", "mad", "fma", "div", "rem", "and", "or", "xor", "copysign")
+def _arithmetic(s: _Lowering) -> None:
+    ptx_type = s.ptx_type()
+    if ptx_type == "pred":
+        s.count(3)
+        (a, not_a), (b, not_b) = map(s.predicate, s.operands[1:])
+        s.emit(f"{s.name}_pred", [s.target(s.operands[0], 0), a, b], a=not_a + 2 * not_b)
+        return
+    name = "fma" if s.name == "mad" and ptx_type[0] == "f" else s.name
+    ternary = name in ("mad", "fma")
+    s.count(4 if ternary else 3)
+    width = TYPE_BYTES[ptx_type]
+    if ptx_type in HALVES:
+        name += "_nan" if s.take("NaN") else ""
+        s.take("rn")
+        args = [s.target(s.operands[0], width), *(s.source(operand, width) for operand in s.operands[1:])]
+        s.emit(f"{name}_half", args, a=s.types[ptx_type.removesuffix("x2")], b=HALVES[ptx_type])
+    elif ptx_type[0] == "f":
+        name += "_nan" if s.take("NaN") else ""
+        if name == "div":
+            s.take("approx", "full")
+        args = [s.target(s.operands[0], width), *(s.source(operand, width, is_float=True) for operand in s.operands[1:])]
+        s.emit(f"{name}_{ptx_type}", args, flags=s.float_flags())
+    else:
+        part = s.need("lo", "hi", "wide") if name in ("mul", "mad") else ""
+        signed = part in ("hi", "wide") or name in ("min", "max", "div", "rem")
+        result = 2 * width if part == "wide" else width
+        args = [s.target(s.operands[0], result), s.source(s.operands[1], width), s.source(s.operands[2], width)]
+        if ternary:
+            args.append(s.source(s.operands[3], result))
+        s.emit(f"{name}_{part}_{_suffix(ptx_type, signed=signed)}" if part else f"{name}_{_suffix(ptx_type, signed=signed)}", args)
+
+
+@_handles("neg", "abs", "not", "cnot", "popc", "clz", "brev", "bfind", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
+def _unary(s: _Lowering) -> None:
+    s.count(2)
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    if ptx_type == "pred":
+        a, negated = s.predicate(s.operands[1])
+        s.emit("not_pred", [s.target(s.operands[0], 0), a], a=negated)
+    elif ptx_type in HALVES:
+        if s.name not in ("neg", "abs"):
+            raise PTXError(f"type .{ptx_type} is not emulated")
+        args = [s.target(s.operands[0], width), s.source(s.operands[1], width)]
+        s.emit(f"{s.name}_half", args, a=s.types[ptx_type.removesuffix("x2")], b=HALVES[ptx_type])
+    elif ptx_type[0] == "f":
+        s.take("approx")
+        args = [s.target(s.operands[0], width), s.source(s.operands[1], width, is_float=True)]
+        s.emit(f"{s.name}_{ptx_type}", args, flags=s.float_flags())
+    else:
+        result = 4 if s.name in ("popc", "clz", "bfind") else width
+        signed = s.name in ("neg", "abs", "bfind")
+        suffix = _suffix(ptx_type, signed=signed)
+        s.emit(f"{s.name}_{suffix}", [s.target(s.operands[0], result), s.source(s.operands[1], width)])
+
+
+@_handles("shl", "shr")
+def _shift(s: _Lowering) -> None:
+    s.count(3)
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    args = [s.target(s.operands[0], width), s.source(s.operands[1], width), s.source(s.operands[2], 4)]
+    s.emit(f"{s.name}_{_suffix(ptx_type, signed=s.name == 'shr')}", args)
+
+
+@_handles("shf")
+def _funnel_shift(s: _Lowering) -> None:
+    s.count(4)
+    s.need("b32")
+    direction, mode = s.need("l", "r"), s.need("wrap", "clamp")
+    s.emit(f"shf_{direction}_{mode}", [s.target(s.operands[0], 4), *(s.source(operand, 4) for operand in s.operands[1:])])
+
+
+@_handles("bfe", "bfi")
+def _bit_field(s: _Lowering) -> None:
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    values = 1 if s.name == "bfe" else 2
+    s.count(3 + values)
+    args = [s.target(s.operands[0], width), *(s.source(operand, width) for operand in s.operands[1 : 1 + values])]
+    args += [s.source(operand, 4) for operand in s.operands[1 + values :]]
+    s.emit(f"{s.name}_{ptx_type}", args)
+
+
+@_handles("prmt", "lop3")
+def _bytes_and_bits(s: _Lowering) -> None:
+    s.need("b32")
+    s.count(5 if s.name == "lop3" else 4)
+    table = int(s.operands[4][0], 0) if s.name == "lop3" else 0
+    s.emit(f"{s.name}_b32", [s.target(s.operands[0], 4), *(s.source(operand, 4) for operand in s.operands[1:4])], a=table)
+
+
+_UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+
+
+@_handles("setp")
+def _set_predicate(s: _Lowering) -> None:
+    s.count(3, 4)
+    ptx_type = s.ptx_type()
+    s.take("ftz")
+    combine = s.take("and", "or", "xor")
+    comparison = s.modifiers.pop(0)
+    width = TYPE_BYTES[ptx_type]
+    targets = [token for token in s.operands[0] if token != "|"]
+    args = [s.target(targets[0], 0), s.target(targets[1], 0) if len(targets) > 1 else Write(-1)]
+    args += [s.source(operand, width, is_float=ptx_type[0] == "f") for operand in s.operands[1:3]]
+    third, negated = s.predicate(s.operands[3]) if combine else (-1, False)
+    suffix = ptx_type if ptx_type[0] == "f" else _suffix(ptx_type, signed=True)
+    name = f"setp_{_UNSIGNED.get(comparison, comparison)}_{suffix}"
+    s.emit(name, [*args, third], a=("", "and", "or", "xor").index(combine), b=negated)
+
+
+@_handles("selp", "slct")
+def _select(s: _Lowering) -> None:
+    s.count(4)
+    third = s.modifiers.pop() if s.name == "slct" else ""
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    args = [s.target(s.operands[0], width), *(s.source(operand, width, is_float=ptx_type[0] == "f") for operand in s.operands[1:3])]
+    if s.name == "selp":
+        chosen, negated = s.predicate(s.operands[3])
+        s.emit(f"selp_b{8 * width}", [*args, chosen], a=negated)
+    else:
+        kind = {"s32": "slct", "f32": "slct_f32"}.get(third)
+        if kind is None:
+            raise PTXError(f".{third} is not emulated")
+        s.emit(f"{kind}_b{8 * width}", [*args, s.source(s.operands[3], 4)])
+
+
+@_handles("mov")
+def _move(s: _Lowering) -> None:
+    s.count(2)
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    target, source = s.operands
+    if ptx_type == "pred":
+        a, negated = s.predicate(source)
+        s.emit("mov_pred", [s.target(target, 0), a], a=negated)
+    elif "{" in (target[0], source[0]):
+        targets, sources = s.vector(target), s.vector(source)
+        target_bytes, source_bytes = width // len(targets), width // len(sources)
+        args = [s.target(token, target_bytes) for token in targets] + [s.source(token, source_bytes) for token in sources]
+        s.emit("repack", args, a=target_bytes, b=source_bytes)
+    elif source[0] in ("%clock", "%clock64", "%globaltimer", "%clock_hi", "%globaltimer_lo"):
+        s.emit("clock", [s.target(target, width)], a=width)
+    else:
+        s.emit(f"mov_b{8 * width}", [s.target(target, width), s.source(source, width, is_float=ptx_type[0] == "f")])
+
+
+@_handles("cvt")
+def _convert(s: _Lowering) -> None:
+    from_type, to_type = s.modifiers.pop(), s.modifiers.pop()
+    flags = (FTZ if s.take("ftz") else 0) | (SATURATE if s.take("sat") else 0) | (128 if s.take("relu") else 0)
+    rounding = s.take("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna")
+    flags |= ROUNDING.get(rounding[:2], 0) << 4 if rounding != "rna" else 0
+    flags |= 64 if rounding.endswith("i") else 0
+    if rounding == "rna" and to_type != "tf32":
+        raise PTXError(".rna is not emulated here")
+    if to_type in ("f16x2", "bf16x2"):
+        s.count(3)
+        args = [s.target(s.operands[0], 4), *(s.source(operand, 4, is_float=True) for operand in s.operands[1:])]
+        s.emit("cvt_pack", args, a=s.types[to_type.removesuffix("x2")], b=s.types[from_type], flags=flags)
+        return
+    s.count(2)
+    for name in (from_type, to_type):
+        if name not in s.types:
+            raise PTXError(f"type .{name} is not emulated")
+    if from_type in ("bf16", "f16") and to_type in ("bf16", "f16") and rounding:
+        raise PTXError("between formats of 16 bits is not emulated")
+    target_width, source_width = s.width(s.operands[0][0], 4), s.width(s.operands[1][0], TYPE_BYTES[from_type])
+    args = [s.target(s.operands[0], TYPE_BYTES[to_type], wider=True), target_width]
+    args += [s.source(s.operands[1], TYPE_BYTES[from_type], is_float=from_type[0] == "f", wider=True), source_width]
+    s.emit("cvt", args, a=s.types[to_type], b=s.types[from_type], flags=flags)
+
+
+@_handles("cvta")
+def _convert_address(s: _Lowering) -> None:
+    s.count(2)
+    s.need("u64")
+    to_space = s.take("to")
+    space = s.need("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
+    window = {2: SHARED_WINDOW, 4: LOCAL_WINDOW}.get(SPACES.get(space, 1), 0)
+    args = [s.target(s.operands[0], 8), s.source(s.operands[1], 8)]
+    if not window:
+        s.emit("mov_b64", args)
+    elif to_space:
+        s.emit("and_b64", [*args, Read(s.program.constant((1 << 48) - 1, 8))])
+    else:
+        s.emit("or_b64", [*args, Read(s.program.constant(window, 8))])
+
+
+@_handles("bra")
+def _branch(s: _Lowering) -> None:
+    s.take("uni")
+    s.program.branch(s.operands[0][0])
+
+
+@_handles("ret", "exit")
+def _return(s: _Lowering) -> None:
+    s.take("uni")
+    s.emit("ret")
+
+
+@_handles("trap")
+def _trap(s: _Lowering) -> None:
+    s.emit("trap")
+
+
+@_handles("setmaxnreg")
+def _registers(s: _Lowering) -> None:
+    for group in (("inc", "dec"), ("sync",), ("aligned",), ("u32",)):
+        s.need(*group)
+    s.emit("setmaxnreg", a=int(s.operands[0][0]))
+
+
+@_handles("griddepcontrol", "nanosleep", "prefetch", "prefetchu", "membar", "pmevent", "discard", "applypriority")
+def _nothing(s: _Lowering) -> None:
+    """What has no effect on values: launches run one after the other, and memory is coherent."""
+    s.modifiers.clear()
+    s.emit("nothing")
+
+
+@_handles("createpolicy")
+def _cache_policy(s: _Lowering) -> None:
+    s.modifiers.clear()
+    s.emit("mov_b64", [s.target(s.operands[0], 8), Read(s.program.constant(0, 8))])
+
+
+# ---- memory ----
+
+
+def _cache_hints(s: _Lowering) -> None:
+    s.modifiers[:] = [name for name in s.modifiers if not name.startswith(("L1::", "L2::"))]
+    s.take("ca", "cg", "cs", "lu", "cv", "wb", "wt")
+
+
+@_handles("ld", "ldu", "st")
+def _load_store(s: _Lowering) -> None:
+    policy = any(name.endswith("cache_hint") for name in s.modifiers)
+    s.count(3 if policy else 2)
+    _cache_hints(s)
+    strong = bool(s.take("volatile", "relaxed", "acquire", "release", "mmio"))
+    s.take("weak", *SCOPES)
+    s.take("nc")
+    space = SPACES[s.take(*SPACES)]
+    elements = {"": 1, "v2": 2, "v4": 4, "v8": 8}[s.take("v2", "v4", "v8")]
+    ptx_type = s.ptx_type()
+    store = s.name == "st"
+    address, value = (s.operands[0], s.operands[1]) if store else (s.operands[1], s.operands[0])
+    args = [*s.address(address), strong]
+    names = s.vector(value)
+    if len(names) != elements:
+        raise PTXError(f"moves {len(names)} elements, {elements} are named")
+    width = TYPE_BYTES[ptx_type]
+    for name in names:
+        operand = s.source(name, width, is_float=ptx_type[0] == "f", wider=True) if store else s.target(name, width, wider=True)
+        args += [operand, s.width(name, width)]
+    s.emit(s.name.replace("ldu", "ld"), args, a=space, b=s.types[ptx_type.replace("b", "u")])
+
+
+@_handles("atom", "red")
+def _atomic(s: _Lowering) -> None:
+    _cache_hints(s)
+    s.take("relaxed", "acquire", "release", "acq_rel")
+    s.take(*SCOPES)
+    s.take("noftz")
+    space = SPACES[s.take(*SPACES)]
+    operation = s.need("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
+    ptx_type = s.ptx_type()
+    width = TYPE_BYTES[ptx_type]
+    operands = [["_"], *s.operands] if s.name == "red" else s.operands
+    if len(operands) != (4 if operation == "cas" else 3):
+        raise PTXError(f"has {len(s.operands)} operands")
+    args = [*s.address(operands[1]), s.target(operands[0], width)]
+    args += [s.source(operand, width, is_float=ptx_type[0] == "f") for operand in operands[2:]]
+    if operation != "cas":
+        args.append(-1)
+    s.emit(f"atom_{operation}", args, a=space, b=s.types[ptx_type.replace("b", "u") if ptx_type[0] == "b" else ptx_type])
+
+
+@_handles("ldmatrix", "stmatrix")
+def _matrices(s: _Lowering) -> None:
+    for group in (("sync",), ("aligned",), ("m8n8",), ("b16",)):
+        s.need(*group)
+    s.take("shared", "shared::cta")
+    count = int(s.need("x1", "x2", "x4")[1])
+    transposed = bool(s.take("trans"))
+    store = s.name == "stmatrix"
+    address, registers = (s.operands[0], s.operands[1]) if store else (s.operands[1], s.operands[0])
+    names = s.vector(registers)
+    if len(names) != count:
+        raise PTXError(f"moves {count} matrices, {len(names)} registers are named")
+    s.emit(s.name, [*s.address(address), *((s.source if store else s.target)(name, 4) for name in names)], a=transposed)
+
+
+@_handles("mapa")
+def _map_address(s: _Lowering) -> None:
+    s.count(3)
+    width = TYPE_BYTES[s.ptx_type()]
+    s.need("shared::cluster")
+    s.emit("mapa", [s.target(s.operands[0], width), s.source(s.operands[1], width), s.source(s.operands[2], 4)], a=width)
