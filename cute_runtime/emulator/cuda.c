@@ -51,7 +51,9 @@ const char *cudaGetErrorName(int error) { return error == NOT_SUPPORTED ? "cudaE
 const char *cudaGetErrorString(int error) { return cudaGetErrorName(error); }
 int cudaLibraryLoadData(void **library, const void *code) { return *library = (void *)code, SUCCESS; }
 int cudaLibraryUnload(void *library) { return (void)library, SUCCESS; }
-int cudaLibraryGetKernel(const char **kernel, void *library, const char *name) { return (void)library, *kernel = name, SUCCESS; }
+int cudaLibraryGetKernel(const char **kernel, void *library, const char *name) { /* a kernel is its name, kept for the process's life */
+    return (void)library, *kernel = strdup(name), SUCCESS;
+}
 int cudaKernelSetAttributeForDevice(void *kernel, int attribute, int value, int device) {
     return (void)kernel, (void)attribute, (void)value, (void)device, SUCCESS;
 }

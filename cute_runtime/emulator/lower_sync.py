@@ -143,7 +143,7 @@ def _fence(s: _Lowering) -> None:
 @_handles("cp")
 def _copy(s: _Lowering) -> None:
     s.need("reduce", "async")
-    if s.name == "cp" and s.take("async") or "bulk" in s.modifiers:
+    if (s.name == "cp" and s.take("async")) or "bulk" in s.modifiers:
         _bulk(s)
         return
     if s.take("commit_group"):

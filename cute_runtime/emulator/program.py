@@ -30,7 +30,7 @@ SPECIALS = [
 """In the order of core.c's enum special."""
 
 INSTRUCTION = np.dtype(
-    [(name, np.int32) for name in "op line guard negated flags first count a b registers reads writes".split()],
+    [(name, np.int32) for name in ["op", "line", "guard", "negated", "flags", "first", "count", "a", "b", "registers", "reads", "writes"]],
 )
 """core.h's struct instruction."""
 

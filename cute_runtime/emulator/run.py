@@ -213,8 +213,12 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
     """Calls the host stub; what it launches is noted with the bytes of its parameters."""
     function, cuda = _load_stub(stub)
     captured: list[Captured] = []
+    unknown: list[str] = []
 
     def on_launch(name, grid, block, cluster, dynamic_bytes, pointers) -> None:
+        if name.decode() not in programs:
+            unknown.append(name.decode())
+            return
         program = programs[name.decode()]
         params = bytearray(program.param_bytes)
         for number, param in enumerate(program.kernel.params):
@@ -233,6 +237,8 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
         raise
     finally:
         cuda.emulator_on_launch(_CALLBACK())
+    if unknown:
+        raise EmulationError(f"the host stub launches {unknown[0]}, which is not in the PTX")
     return captured
 
 
