@@ -12,7 +12,7 @@ struct map {
     u32 swizzle; /* log2 of the 16-byte pieces that are exchanged: 0 to 3 */
 };
 
-/* Bytes 0-7 address; 8-11 word: rank - 1 in bits 4-6, type in bits 7-10, swizzle in bits 13-14; from 12 strides / 16 of the dimensions
+/* Bytes 0-7 address; 8-11 word: rank - 1 in bits 4-6, type in bits 7-10, swizzle in bits 13-14, in bit 21 whether the tensor has 128 KiB or more; from 12 strides / 16 of the dimensions
  * from 1; from 32 sizes - 1; 55-59 box - 1. Read off maps that the compiler's host stubs wrote for known tensors. */
 static struct map decode(struct warp *warp, u64 address) {
     static const u8 bytes_of_type[16] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 0, 2};
@@ -27,7 +27,7 @@ static struct map decode(struct warp *warp, u64 address) {
     map.type = (s32)(word >> 7 & 15);
     map.element = bytes_of_type[map.type];
     map.swizzle = word >> 13 & 3;
-    if ((word & ~0x67f0u) != 0x40002 || map.rank > MAX_RANK || !map.element || raw[52] | raw[53] | raw[54])
+    if ((word & ~0x2067f0u) != 0x40002 || map.rank > MAX_RANK || !map.element || raw[52] | raw[53] | raw[54])
         fail("tensor map at 0x%llx: of a kind that is not emulated (word 0x%x, strides of elements 0x%x)", (unsigned long long)address, word, raw[52]);
     memcpy(&value, raw + 28, 4);
     if (value) fail("tensor map: strides from 2**36 bytes are not emulated");
