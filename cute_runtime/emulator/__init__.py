@@ -12,7 +12,8 @@ missing fence, a deadlock, an address outside the tensors is an :class:`Emulatio
 says what is emulated and what is not.
 """
 
+from cute_runtime.emulator.host import emulation
 from cute_runtime.emulator.ptx import PTXError
 from cute_runtime.emulator.run import EmulationError, Statistics, launch, run_ptx
 
-__all__ = ["EmulationError", "PTXError", "Statistics", "launch", "run_ptx"]
+__all__ = ["EmulationError", "PTXError", "Statistics", "emulation", "launch", "run_ptx"]
