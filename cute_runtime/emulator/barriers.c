@@ -13,9 +13,30 @@ void join(u32 *into, const u32 *from) {
 static void clear(u32 *clocks) { memset(clocks, 0, 2 * sizeof(u32) * (size_t)engine.clock_count); }
 
 /* After its clock was given away: what the warp does from here on is not covered by it. */
-void release_clock(struct warp *warp) { warp->clocks[component(warp, SELF)]++; }
+void release_clock(struct warp *warp) {
+    warp->clocks[component(warp, SELF)]++;
+    warp->clocks[component(warp, SOLO)]++;
+}
 
-static bool wait_for_warp(struct warp *warp, struct split *split, u32 lanes) { return lanes_ready(warp, split, lanes, warp->live); }
+/* All lanes of the warp are here, and know what the others have done. */
+static void sync_warp(struct warp *warp) {
+    warp->unsynced = 0;
+    warp->synced_clock = warp->clocks[component(warp, SELF)]++;
+}
+
+static bool wait_for_warp(struct warp *warp, struct split *split, u32 lanes) {
+    if (!lanes_ready(warp, split, lanes, warp->live)) return false;
+    sync_warp(warp);
+    return true;
+}
+
+/* Gives away what these lanes know: of the other lanes only what they did before the last barrier of the warp. */
+static void release_to(u32 *clocks, struct warp *warp, u32 lanes) {
+    u32 *own = &warp->clocks[component(warp, SELF)], all = *own, given = clocks[component(warp, SELF)];
+    if (warp->unsynced & ~lanes) *own = warp->synced_clock > given ? warp->synced_clock : given;
+    join(clocks, warp->clocks);
+    *own = all;
+}
 
 /* ---- named barriers ---- */
 
@@ -91,7 +112,9 @@ static bool cluster_wait(struct warp *warp, struct split *split, u32 lanes) {
 
 static bool meet_lanes(struct warp *warp, struct split *split, const struct instruction *in, u32 lanes) {
     u32 members = REGISTER(u32, warp, engine.launch->args[in->first])[__builtin_ctz(lanes)];
-    return lanes_ready(warp, split, lanes, members);
+    if (!lanes_ready(warp, split, lanes, members)) return false;
+    if (!(warp->live & ~members)) sync_warp(warp);
+    return true;
 }
 
 /* ---- mbarriers ---- */
@@ -149,8 +172,7 @@ static void progress(struct mbarrier *barrier) {
     clear(done);
 }
 
-void arrive(struct mbarrier *barrier, u32 count, s64 bytes, const u32 *clocks) {
-    if (clocks) join(barrier->arriving, clocks);
+static void arrive(struct mbarrier *barrier, u32 count, s64 bytes) {
     if (count > barrier->pending)
         fail("mbarrier initialised at line %d with %u arrivals: %u more arrivals in one phase", barrier->line, barrier->expected, count - barrier->pending);
     barrier->pending -= count;
@@ -162,7 +184,7 @@ void arrive(struct mbarrier *barrier, u32 count, s64 bytes, const u32 *clocks) {
 /* From hardware that acts for a warp: it passes on only what it has itself done. */
 void arrive_from(struct mbarrier *barrier, u32 count, s64 bytes, u32 from, u32 clock) {
     if (barrier->arriving[from] < clock) barrier->arriving[from] = clock;
-    arrive(barrier, count, bytes, NULL);
+    arrive(barrier, count, bytes);
 }
 
 /* args: state register or -1, address, count or -1, bytes or -1. The state is the number of the phase. */
@@ -173,7 +195,8 @@ static void mbarrier_arrive(struct warp *warp, const struct instruction *in, u32
         if (args[0] >= 0) REGISTER(u64, warp, args[0])[l] = barrier->phase;
         s64 bytes = args[5] >= 0 ? REGISTER(u32, warp, args[5])[l] : 0;
         u32 count = in->op == OP_mbarrier_expect ? 0 : args[4] >= 0 ? REGISTER(u32, warp, args[4])[l] : 1;
-        arrive(barrier, count, bytes, count ? warp->clocks : NULL);
+        if (count) release_to(barrier->arriving, warp, lanes);
+        arrive(barrier, count, bytes);
     }
     if (in->op == OP_mbarrier_arrive) release_clock(warp);
 }

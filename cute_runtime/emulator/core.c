@@ -132,7 +132,7 @@ static void start_warp(struct block *block, s32 number) {
     poison(warp->local, (size_t)launch->local_bytes * LANES);
     warp->busy = grow((size_t)launch->register_bytes / 64);
     warp->clocks = grow(2 * sizeof(u32) * (size_t)engine.clock_count);
-    warp->clocks[component(warp, SELF)] = 1;
+    warp->clocks[component(warp, SELF)] = warp->clocks[component(warp, SOLO)] = 1;
     for (s32 which = 0; which < SPECIALS; which++)
         for (s32 l = 0; l < LANES && launch->specials[which] >= 0; l++) REGISTER(u32, warp, launch->specials[which])[l] = special_value(warp, l, which);
 }
@@ -145,7 +145,7 @@ static void start_block(struct cluster *cluster, s32 rank) {
     s32 within[3] = {rank % shape[0], rank / shape[0] % shape[1], rank / shape[0] / shape[1]};
     for (s32 i = 0; i < 3; i++) block->index[i] = cluster->index[i] * shape[i] + within[i];
     block->shared_bytes = (SHARED_BASE + launch->static_bytes + launch->dynamic_bytes + 15) & ~15;
-    size_t words = (size_t)block->shared_bytes >> 2, readers = 3 * (size_t)engine.warps_per_block;
+    size_t words = (size_t)block->shared_bytes >> 2, readers = READERS * (size_t)engine.warps_per_block;
     block->shared = grow((size_t)block->shared_bytes);
     poison(block->shared, (size_t)block->shared_bytes);
     block->words = grow(words * sizeof *block->words);

@@ -29,8 +29,11 @@ enum { SHARED_BASE = 1024, RANK_SHIFT = 24 };
 
 enum space { GENERIC, GLOBAL, SHARED, PARAM, LOCAL };
 
-/* Who does a thing to shared memory: a warp itself, or hardware that acts for it later. Clocks count what each has done. */
-enum agent { SELF, COPY, PRODUCT, STORE, LOAD, AGENTS };
+/* Who does a thing to shared memory: lanes of a warp, one lane of it alone, or hardware that acts for it later. Clocks count what
+ * each has done. The one lane is apart because it may release its own accesses at any time, those of the others only after a
+ * bar.warp.sync. Those up to COPY use the generic proxy, the others the async one. */
+enum agent { SELF, SOLO, COPY, PRODUCT, STORE, LOAD, AGENTS };
+enum { READERS = 4 }; /* of a word: SELF, SOLO, PRODUCT, STORE */
 
 /* Mirrored by lower.py's _Instruction. */
 struct instruction {
@@ -119,6 +122,9 @@ struct warp {
     u32 group_clock[GROUP_KINDS][LANES][GROUPS_KEPT]; /* operations issued when the group was committed */
     s32 products;       /* under way */
     bool fenced;        /* a wgmma.fence was executed */
+    enum agent agent;   /* of the access under way: SELF or SOLO */
+    u32 unsynced;       /* lanes that have accessed shared memory as SELF since the last barrier of the whole warp */
+    u32 synced_clock;   /* of SELF, at that barrier */
     u32 cluster_phase;  /* of barrier.cluster, at the last arrival; + 1 */
     bool yields;        /* has polled in vain */
     u64 instructions;
@@ -130,7 +136,7 @@ struct block {
     u8 *shared;
     s32 shared_bytes;
     struct word *words;
-    u32 *readers;      /* [reader][word]: clock of the last read by warp r itself, by its products, by its stores */
+    u32 *readers;      /* [kind of reader][warp][word]: clock of the last read */
     u32 *reader_last;  /* [reader]: the largest of them */
     struct mbarrier **mbarriers;
     struct named_barrier barrier[NAMED_BARRIERS];
@@ -225,7 +231,6 @@ void join(u32 *into, const u32 *from);
 void release_clock(struct warp *warp);
 u32 component(const struct warp *warp, enum agent agent);
 struct mbarrier *find_mbarrier(struct warp *warp, u32 address, bool asynchronous);
-void arrive(struct mbarrier *barrier, u32 count, s64 bytes, const u32 *clocks);
 void arrive_from(struct mbarrier *barrier, u32 count, s64 bytes, u32 component, u32 clock);
 void cluster_progress(struct cluster *cluster);
 bool wait_over(struct warp *warp, struct split *split);

@@ -49,7 +49,7 @@ u8 *global_bytes(u64 address, u32 size, bool writes) {
 
 u32 component(const struct warp *warp, enum agent agent) { return (u32)(agent * engine.warps_per_cluster + warp->in_cluster); }
 
-static const char *const doing[] = {"", "cp.async of ", "wgmma of ", "bulk store of ", "bulk load of "};
+static const char *const doing[] = {"", "", "cp.async of ", "wgmma of ", "bulk store of ", "bulk load of "};
 
 static const char *component_name(u32 number) {
     static char text[2][96];
@@ -62,12 +62,12 @@ static const char *component_name(u32 number) {
     return out;
 }
 
-static const char *verbs[] = {"", "cp.async writes", "wgmma reads", "a bulk store reads", "a bulk load writes"};
+static const char *const verbs[] = {"", "", "cp.async writes", "wgmma reads", "a bulk store reads", "a bulk load writes"};
 
 static _Noreturn void race(enum agent agent, bool writes, u32 address, const char *what, u32 other, s32 line) {
     char at[48] = "";
     if (line) snprintf(at, sizeof at, " at line %d", line);
-    fail("race: %s shared memory at 0x%x that %s %s%s, and no barrier orders the two", agent == SELF ? (writes ? "writes" : "reads") : verbs[agent],
+    fail("race: %s shared memory at 0x%x that %s %s%s, and no barrier orders the two", agent <= SOLO ? (writes ? "writes" : "reads") : verbs[agent],
          address, component_name(other), what, at);
 }
 
@@ -87,20 +87,20 @@ void note_read(struct warp *warp, struct block *block, u32 address, u32 size, en
         }
         if (!engine.launch->check_races || word->atomic) continue;
         if (warp->clocks[word->component] < word->clock) race(agent, false, at, "wrote", word->component, word->line);
-        if (agent != SELF && word->component / (u32)engine.warps_per_cluster <= COPY
+        if (agent > COPY && word->component / (u32)engine.warps_per_cluster <= COPY
             && warp->clocks[engine.clock_count + word->component] < word->clock)
             unfenced(agent, at, word->component, word->line);
     }
     if (block != warp->block) return;
-    s32 reader = (agent == SELF ? 0 : agent == PRODUCT ? 1 : 2) * engine.warps_per_block + warp->index;
+    s32 reader = (agent == PRODUCT ? 2 : agent == STORE ? 3 : (s32)agent) * engine.warps_per_block + warp->index;
     u32 *readers = block->readers + (size_t)reader * (size_t)(block->shared_bytes >> 2);
     for (u32 i = first; i <= last; i++) readers[i] = clock;
     block->reader_last[reader] = clock;
 }
 
 static void check_readers(struct warp *warp, struct block *block, u32 first, u32 last, enum agent agent) {
-    static const enum agent kinds[] = {SELF, PRODUCT, STORE};
-    for (s32 r = 0; r < 3 * engine.warps_per_block; r++) {
+    static const enum agent kinds[READERS] = {SELF, SOLO, PRODUCT, STORE};
+    for (s32 r = 0; r < READERS * engine.warps_per_block; r++) {
         const struct warp *reader = &block->warps[r % engine.warps_per_block];
         u32 other = component(reader, kinds[r / engine.warps_per_block]), known = warp->clocks[other];
         if (block->reader_last[r] <= known) continue;
@@ -137,9 +137,10 @@ u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32
         u32 at = (u32)address;
         struct block *block = block_of(warp, &at);
         u8 *bytes = shared_bytes(block, at, size);
-        u32 clock = warp->clocks[component(warp, SELF)];
-        if (access == READ) note_read(warp, block, at, size, SELF, clock, false);
-        else note_write(warp, block, at, size, SELF, clock, access == ATOMIC);
+        u32 clock = warp->clocks[component(warp, warp->agent)];
+        if (warp->agent == SELF) warp->unsynced |= 1u << lane;
+        if (access == READ) note_read(warp, block, at, size, warp->agent, clock, false);
+        else note_write(warp, block, at, size, warp->agent, clock, access == ATOMIC);
         engine.statistics[access == READ ? SHARED_READ : SHARED_WRITTEN] += size;
         return bytes;
     }
@@ -245,6 +246,7 @@ static void move_matrices(struct warp *warp, const struct instruction *in, bool 
 
 void memory_access(struct warp *warp, const struct instruction *in, u32 lanes) {
     const s32 *args = engine.launch->args + in->first;
+    warp->agent = lanes & (lanes - 1) ? SELF : SOLO;
     switch (in->op) {
     case OP_ld: case OP_st: load_or_store(warp, in, lanes, in->op == OP_st); return;
     case OP_atom_add: case OP_atom_min: case OP_atom_max: case OP_atom_and: case OP_atom_or: case OP_atom_xor: case OP_atom_exch:
