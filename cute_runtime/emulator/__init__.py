@@ -13,7 +13,8 @@ says what is emulated and what is not.
 """
 
 from cute_runtime.emulator.host import emulation
+from cute_runtime.emulator.objects import Compiled, compiled
 from cute_runtime.emulator.ptx import PTXError
 from cute_runtime.emulator.run import EmulationError, Statistics, launch, run_ptx
 
-__all__ = ["EmulationError", "PTXError", "Statistics", "emulation", "launch", "run_ptx"]
+__all__ = ["Compiled", "EmulationError", "PTXError", "Statistics", "compiled", "emulation", "launch", "run_ptx"]

@@ -142,10 +142,13 @@ def _fence(s: _Lowering) -> None:
 
 @_handles("cp")
 def _copy(s: _Lowering) -> None:
-    s.need("reduce", "async")
-    if (s.name == "cp" and s.take("async")) or "bulk" in s.modifiers:
-        _bulk(s)
+    reduces = bool(s.take("reduce"))
+    s.need("async")
+    if s.take("bulk"):
+        _bulk(s, reduces)
         return
+    if reduces:
+        raise PTXError("is not emulated")
     if s.take("commit_group"):
         s.emit("cp_async_commit")
     elif s.take("wait_group"):
@@ -173,9 +176,7 @@ def _copy(s: _Lowering) -> None:
         s.emit("cp_async", [*s.address(operands[0]), *s.address(operands[1]), wanted], a=size)
 
 
-def _bulk(s: _Lowering) -> None:
-    reduction = "reduce" if s.name == "cp" and s.operands and "add" in s.modifiers else ""
-    s.need("bulk")
+def _bulk(s: _Lowering, reduces: bool) -> None:
     if s.take("commit_group"):
         s.emit("bulk_commit")
         return
@@ -193,7 +194,7 @@ def _bulk(s: _Lowering) -> None:
         raise PTXError("a tile without a tensor")
     policy = any(name.endswith("cache_hint") for name in s.modifiers)
     s.modifiers[:] = [name for name in s.modifiers if not name.endswith("cache_hint")]
-    if reduction:
+    if reduces:
         s.need("add")
     operands = s.operands[:-1] if policy else list(s.operands)
     load = s.modifiers[0] != "global"
@@ -224,7 +225,7 @@ def _bulk(s: _Lowering) -> None:
         if len(operands) != 3:
             raise PTXError("with these operands is not emulated")
         args += [*s.address(outside), *barrier, multicast, s.source(operands[2], 4)]
-    s.emit(("tile" if tensor else "bulk") + ("_load" if load else "_store"), args, a=rank, b=bool(reduction))
+    s.emit(("tile" if tensor else "bulk") + ("_load" if load else "_store"), args, a=rank, b=reduces)
 
 
 # ---- matrix products ----
@@ -260,6 +261,3 @@ def _wgmma(s: _Lowering) -> None:
     registers = [int(s.source(name, 4)) for name in (*accumulators, *fragment)]
     descriptor_a = -1 if in_registers else s.source(a, 8)
     s.emit("wgmma", [Read(predicate), negated, descriptor_a, s.source(b, 8), *registers], a=n, b=bits)
-
-
-__all__ = ["Read"]

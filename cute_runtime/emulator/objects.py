@@ -1,4 +1,4 @@
-"""What the emulator needs on disk: a kernel's host stub and PTX, and its own core; compiled on first use and kept in the cache."""
+"""What the emulator needs on disk, compiled on first use and kept in the cache: a kernel's host stub and PTX, and its own core."""
 
 import fcntl
 import hashlib
@@ -7,10 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cute_runtime.build import run_compile_step, tools, writable_folder
 from cute_runtime.cache import CACHE_VARIABLE, cache_folder
-from cute_runtime.sources import key, sources
+from cute_runtime.objects import object_name, write_object
+from cute_runtime.sources import ARCH, COMPILER, key, sources
 from cute_runtime.variant import Variant
 
 _HERE = Path(__file__).parent
@@ -20,22 +22,38 @@ _HEADERS = ("core.h", "opcodes.h")
 _FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-frounding-math")
 
 
-def kernel_files(variant: Variant) -> tuple[Path, Path]:
-    """The shared object of a kernel's host stub, linked with the emulated CUDA runtime, and its PTX.
+class Compiled(NamedTuple):
+    """The files of one compilation."""
+
+    object: Path
+    """What :func:`cute_runtime.build` makes, byte for byte."""
+    stub: Path
+    """The same host stub, linked with the emulated CUDA runtime."""
+    ptx: Path
+
+
+def compiled(variant: Variant) -> Compiled:
+    """A variant's files, compiled where the cache does not have them.
 
     Raises:
         MissingToolError, KernelCompileError: see :func:`cute_runtime.build`.
     """
-    cuda = _HERE / "cuda.c"
-    identity = key(variant, sources(variant), tools()[0]) + hashlib.sha256(cuda.read_bytes()).hexdigest()
+    compiler, cuda = tools()[0], _HERE / "cuda.c"
+    digests = sources(variant)
+    variant_key = key(variant, digests, compiler)
+
+    def files(folder: Path) -> Compiled:
+        return Compiled(folder / object_name(variant), folder / "stub.so", folder / "kernel.ptx")
 
     def make(folder: Path) -> None:
+        wanted = files(folder)
         with tempfile.TemporaryDirectory(prefix="cute_runtime.") as scratch:
-            wanted = {"output": str(folder / "kernel.so"), "ptx": str(folder / "kernel.ptx"), "cuda": str(cuda)}
-            run_compile_step(variant, Path(scratch), cache_folder() / f"{variant.name}.log", wanted)
+            extra = {"output": str(wanted.stub), "ptx": str(wanted.ptx), "cuda": str(cuda)}
+            shared_object = run_compile_step(variant, Path(scratch), cache_folder() / f"{variant.name}.log", extra)
+        facts = {"compiler": f"{COMPILER} {compiler}", "arch": ARCH, "sources": digests}
+        write_object(wanted.object, shared_object, variant=variant, key=variant_key, **facts)
 
-    folder = _kept("kernel", identity, make)
-    return folder / "kernel.so", folder / "kernel.ptx"
+    return files(_kept("variant", variant_key + hashlib.sha256(cuda.read_bytes()).hexdigest(), make))
 
 
 def core_file() -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cute_runtime.emulator import lower_sync  # noqa: F401  registers its instructions
 from cute_runtime.emulator.lower import lower
-from cute_runtime.emulator.objects import core_file, kernel_files
+from cute_runtime.emulator.objects import compiled, core_file
 from cute_runtime.emulator.program import Program
 from cute_runtime.emulator.ptx import PTXError, parse
 from cute_runtime.emulator.tensors import Region, as_device_tensor, is_tensor, region_of
@@ -118,8 +118,8 @@ def launch(
         TypeError, ValueError: the host stub refuses an argument.
         MissingToolError, KernelCompileError: see :func:`cute_runtime.build`.
     """
-    stub, ptx = kernel_files(variant)
-    text = ptx.read_text()
+    files = compiled(variant)
+    text = files.ptx.read_text()
     text = edit(text) if edit else text
     programs = _programs(text)
     regions, passed = [], []
@@ -128,7 +128,7 @@ def launch(
             regions.append(region_of(argument, f"argument {number}"))
             argument = as_device_tensor(argument)
         passed.append(argument)
-    captured = _capture(stub, programs, passed)
+    captured = _capture(files.stub, programs, passed)
     return [_run(programs[one.kernel], text, one, regions, seed, resident, check_races) for one in captured]
 
 
