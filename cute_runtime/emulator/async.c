@@ -175,7 +175,7 @@ static void bulk(struct warp *warp, const struct instruction *in, u32 lanes) {
         for (; !load && !operation->reduce && same < engine.operation_count - 1; same++) {
             struct operation *other = engine.operations[same];
             if (other->shared == operation->shared && other->map == operation->map && other->global == operation->global
-                && !memcmp(other->coordinate, operation->coordinate, sizeof other->coordinate) && other->size == operation->size)
+                && !memcmp(other->coordinate, operation->coordinate, sizeof other->coordinate) && (tile || other->size == operation->size))
                 break;
         }
         if (!load && !operation->reduce && same < engine.operation_count - 1) {

@@ -1,4 +1,4 @@
-"""The gather_sum kernel without a GPU: built for sm_90a, read back, and refused where it cannot run."""
+"""The gather_sum kernel without a GPU: built for sm_90a, read back, emulated, and refused where it cannot run."""
 
 import re
 
@@ -6,17 +6,41 @@ import pytest
 import torch
 
 import cute_runtime
+from cute_runtime import emulator
 from dispatch import gather_sum, plan
 from dispatch.gather_sum_hopper import gather_sum_hopper, supports
 from dispatch.kernels import variants
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory):
+def resources():
     """What the machine code of the longest variant uses."""
     variant = variants.gather_sum(dtype="bfloat16", form="csr", scored=True)
-    (resources,) = cute_runtime.read_resources(cute_runtime.build(variant, tmp_path_factory.mktemp("out")))
+    (resources,) = cute_runtime.read_resources(emulator.compiled(variant).object)
     return resources
+
+
+@pytest.mark.parametrize(("tokens", "slots", "hidden"), [(40, 333, 72), (3, 100, 2056), (300, 299, 8)])
+def test_emulated_kernel_has_float64s_values_in_every_order(tokens, slots, hidden):
+    """Tokens with no rows, with one, with more than are in flight; sentinel rows are not read: they hold NaN."""
+    generator = torch.Generator().manual_seed(tokens)
+    token = torch.randint(0, tokens, (slots,), generator=generator)
+    token[: slots // 3] = 1
+    expert = torch.randint(-1, 5, (slots,), generator=generator)
+    own = plan(token, expert, num_tokens=tokens, num_experts=4)
+    rows = torch.randn(slots, hidden, generator=generator).bfloat16()
+    rows[int(own.offsets[-1]) :] = float("nan")
+    score = torch.rand(slots, generator=generator)
+    want = gather_sum(rows.double(), score.double(), own)
+    results = []
+    for seed in range(3):
+        out = torch.full((tokens, hidden), float("nan"), dtype=torch.bfloat16)
+        with emulator.emulation(seed=seed) as (statistics):
+            gather_sum_hopper(rows, score, own, out)
+        assert len(statistics) == 1
+        results.append(out)
+    torch.testing.assert_close(results[0].double(), want, rtol=2**-8, atol=1e-5)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_kernel_keeps_everything_in_registers(resources):

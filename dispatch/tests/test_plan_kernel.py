@@ -1,6 +1,9 @@
-"""The counting kernels without a GPU: built for sm_90a, read back, their passes replayed in numpy, and refused where they cannot run."""
+"""The counting kernels without a GPU: built for sm_90a, read back, emulated, their passes replayed in numpy, and refused where they
+cannot run."""
 
+import contextlib
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import cute_runtime
+from cute_runtime import emulator
 from dispatch import count_cumsum, count_hopper, plan, plan_hopper
 from dispatch.chunk_counts import MAX_SIZE
 from dispatch.kernels import variants
@@ -17,7 +21,7 @@ REGISTERS_PER_MULTIPROCESSOR = 65536
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory):
+def resources():
     """What the machine code of one variant of each kernel uses, by kernel."""
     chosen = {
         "place": variants.place(index="int64", ordered=False, output="uniform"),
@@ -25,9 +29,8 @@ def resources(tmp_path_factory):
         "keys": variants.keys(index="int64", paired=True),
         "bounds": variants.bounds(),
     }
-    out = tmp_path_factory.mktemp("out")
     with ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda variant: cute_runtime.read_resources(cute_runtime.build(variant, out)), chosen.values())
+        built = pool.map(lambda variant: cute_runtime.read_resources(emulator.compiled(variant).object), chosen.values())
         return dict(zip(chosen, built, strict=True))
 
 
@@ -47,6 +50,68 @@ def test_every_form_is_built_beforehand_once():
     names = [variant.name for variant in variants.prebuilt_variants()]
     assert len(set(names)) == len(names) == 27
     assert {"dispatch.bounds", "dispatch.place-index.int64-ordered.false-output.uniform"} < set(names)
+
+
+def draw(count: int, size: int, seed: int) -> torch.Tensor:
+    """int64 ids, some of them sentinels on both sides, some that would wrap into [0, size) as int32."""
+    ids = torch.randint(-2, size + 2, (count,), generator=torch.Generator().manual_seed(seed))
+    ids[::37] += 2**32
+    return ids
+
+
+def assert_emulated(function: Callable[[str], tuple], *, launches: int) -> None:
+    """The kernels give the bits of PyTorch's version, whatever the order in which warps and blocks run."""
+    want = function("reference")
+    for seed in range(3):
+        with emulator.emulation(seed=seed) as statistics, poisoned_memory():
+            got = function("hopper")
+        assert len(statistics) == launches
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """New tensors hold the largest integer, not zeros that happen to be right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty, see torch.utils.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("slots", "experts"), [(1, 1500), (2049, MAX_BINS), (5000, 2500)])
+def test_emulated_count_of_many_experts_has_pytorchs_bits(slots, experts):
+    assert_emulated(lambda backend: count_cumsum(draw(slots, experts, 1), experts, backend=backend), launches=2)
+
+
+@pytest.mark.parametrize(("slots", "experts"), [(1, 1), (2047, 5), (6001, 300)])
+def test_emulated_count_of_few_experts_has_pytorchs_bits(slots, experts):
+    assert_emulated(lambda backend: count_cumsum(draw(slots, experts, 2), experts, backend=backend), launches=2)
+
+
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (700, 3, 40), (1300, 4, MAX_BINS - 1)])
+def test_emulated_uniform_plan_has_pytorchs_bits(tokens, k, experts):
+    """Chunks of 2048 slots with tails; half of the experts empty, one with many rows."""
+    token, expert = torch.arange(tokens).repeat_interleave(k), draw(tokens * k, experts, 3) // 2 * 2
+    expert[::5] = 0
+    sizes = {"num_tokens": tokens, "num_experts": experts, "slots_per_token": k}
+    assert_emulated(lambda backend: plan(token, expert, **sizes, backend=backend), launches=2)
+
+
+def test_emulated_plan_of_slots_in_any_order_has_pytorchs_bits():
+    token, expert = draw(3000, 500, 4), draw(3000, 30, 5)
+    assert_emulated(lambda backend: plan(token, expert, num_tokens=500, num_experts=30, backend=backend), launches=6)
+
+
+@pytest.mark.parametrize("barrier", range(4))
+def test_emulated_histogram_or_placement_without_a_barrier_is_a_race(barrier):
+    def edit(ptx: str) -> str:
+        parts = re.split(r"bar\.sync\s+0;", ptx)
+        return "bar.sync 0;".join(parts[: barrier + 1]) + " " + "bar.sync 0;".join(parts[barrier + 1 :])
+
+    with emulator.emulation(edit=edit), pytest.raises(emulator.EmulationError, match=r"race: (reads|writes)|nobody has written"):
+        plan(torch.arange(1000) // 2, draw(1000, 40, 6), num_tokens=500, num_experts=40, slots_per_token=2, backend="hopper")
 
 
 @pytest.mark.parametrize("size", [0, 1, 128, MAX_BINS - 1, MAX_BINS, 50_000, 4_000_000, MAX_SIZE])

@@ -1,8 +1,15 @@
-"""The expert GEMMs without a GPU: tiles obey their rules, and one variant of each kind is built for sm_90a and read back."""
+"""The expert GEMMs without a GPU: tiles obey their rules, one variant of each kind is built for sm_90a and read back, and emulated."""
+
+import re
+from collections.abc import Callable
 
 import pytest
+import torch
 
 import cute_runtime
+from cute_runtime import emulator
+from dispatch import DispatchPlan, plan
+from sonicmoe.backends import reference
 from sonicmoe.kernels import tiles, variants
 from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, TILES, Tile
 
@@ -14,14 +21,23 @@ BUILT = {
         tile=PAIR, dtype="float16", activation="geglu", interleaved=False, store_z=True, bias=False
     ),
     "dense, ping-pong, bias": variants.down_projection(tile=BROAD, dtype="bfloat16", bias=True),
+    "dense, ping-pong, cluster": variants.down_projection(tile=SQUARE, dtype="bfloat16", bias=False),
 }
-"""Both kernels, both sources of A, shared and ping-pong tiles, every part of the epilogue."""
+"""Both kernels, both sources of A, shared and ping-pong tiles, with and without a cluster, every part of the epilogue."""
+
+SEEDS = range(3)
+BLOCKS = 4
+
+H, I, E = 136, 72, 7
+LONG = 264
+"""The reduction of the down-projection here: five stages and an end, more than the ring has, so that stages are used again."""
+COUNTS = [5, 1, 0, 200, 64, 0, 130]
+"""Rows an expert: a few, one, none, several tiles and a tail, exactly one block of 64 rows. H and I end within a stage and a tile."""
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    return {name: cute_runtime.read_resources(cute_runtime.build(variant, out)) for name, variant in BUILT.items()}
+def resources():
+    return {name: cute_runtime.read_resources(emulator.compiled(variant).object) for name, variant in BUILT.items()}
 
 
 def test_nothing_spills_to_local_memory(resources):
@@ -80,3 +96,186 @@ def test_prebuilt_variants_cover_the_table():
     built = variants.prebuilt_variants()
     assert len(set(built)) == len(built) == 11
     assert {variant.params["tile"] for variant in built} == set(TILES)
+
+
+def routed(seed: int) -> DispatchPlan:
+    """A plan with COUNTS rows an expert and sentinels, whose rows are tail."""
+    expert = torch.repeat_interleave(torch.tensor([*range(E), -1, E]), torch.tensor([*COUNTS, 9, 3]))
+    expert = expert[torch.randperm(len(expert), generator=torch.Generator().manual_seed(seed))]
+    made = plan(torch.arange(len(expert)) // 2, expert, num_tokens=len(expert) // 2, num_experts=E, slots_per_token=2)
+    assert made.offsets.diff().tolist() == COUNTS
+    return made
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def assert_close_by_expert(got: torch.Tensor, want: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Each expert's rows within the rounding of got's dtype of the float64 values, the tail untouched."""
+    bound = {torch.bfloat16: 3e-3, torch.float16: 5e-4}[got.dtype]
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        error = torch.linalg.norm(got[begin:end].double() - want[begin:end]) / torch.linalg.norm(want[begin:end]).clamp(min=1e-300)
+        assert error < bound, (begin, end, error)
+    assert got[int(offsets[-1]) :].isnan().all()
+
+
+def down_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DispatchPlan]:
+    own = routed(1)
+    rows = len(own.row_to_token)
+    a = random(rows, LONG, dtype=torch.bfloat16, seed=2)
+    return a, random(E, H, LONG, dtype=torch.bfloat16, seed=3), random(E, H, dtype=torch.bfloat16, seed=4), own
+
+
+def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, **options) -> torch.Tensor:
+    a, w_down, b_down, own = down_inputs()
+    y = poisoned(len(a), H, dtype=a.dtype)
+    bias = b_down if BUILT[name].params["bias"] else None
+    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, BLOCKS, edit=edit, **options)
+    return y
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if "dense" in name])
+def test_emulated_down_projection_has_float64s_values_in_every_order(name):
+    a, w_down, b_down, own = down_inputs()
+    want = reference.down_projection(a.double(), w_down.double(), b_down.double() if BUILT[name].params["bias"] else None, own)
+    first, *others = (emulated_down(name, seed=seed) for seed in SEEDS)
+    assert_close_by_expert(first, want, own.offsets)
+    for other in others:
+        assert torch.equal(first.view(torch.int16), other.view(torch.int16))
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if "gathered" in name])
+def test_emulated_up_projection_has_float64s_values_in_every_order(name):
+    params, own = BUILT[name].params, routed(5)
+    dtype = getattr(torch, params["dtype"])
+    x = random(own.num_tokens, H, dtype=dtype, seed=6)
+    w_up = random(E, 2 * I, H, dtype=dtype, seed=7) / 8
+    b_up = random(E, 2 * I, dtype=dtype, seed=8) if params["bias"] else None
+    layout = "interleaved" if params["interleaved"] else "concatenated"
+    want = reference.up_projection(
+        *(None if tensor is None else tensor.double() for tensor in (x, w_up, b_up)),
+        own,
+        activation=params["activation"],
+        gate_up_layout=layout,
+        store_z=True,
+    )
+    results = []
+    for seed in SEEDS:
+        a, z = poisoned(len(own.row_to_token), I, dtype=dtype), poisoned(len(own.row_to_token), 2 * I, dtype=dtype)
+        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.row_to_token, a, z, BLOCKS, seed=seed)
+        results.append((a, z))
+    for got, exact in zip(results[0], want, strict=True):
+        assert_close_by_expert(got, exact, own.offsets)
+    for result in results[1:]:
+        assert all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in zip(result, results[0], strict=True))
+
+
+def test_emulator_counts_products_and_bytes_of_each_role():
+    """One expert of 200 rows: four blocks of 64 rows, of which the last tile's second is not there, by one tile of 192 columns."""
+    offsets, reduced = torch.tensor([0, 200], dtype=torch.int32), 128
+    a, w = random(200, reduced, dtype=torch.bfloat16, seed=0), random(1, 192, reduced, dtype=torch.bfloat16, seed=1)
+    b, y = random(1, 192, dtype=torch.bfloat16, seed=2), poisoned(200, 192, dtype=torch.bfloat16)
+    (statistics,) = emulator.launch(BUILT["dense, ping-pong, bias"], a, w, b, offsets, y, 1)
+    assert statistics.products == 2 * 128 * 192 * reduced  # whole tiles
+    assert statistics.bytes_loaded == 2 * (128 + 192) * reduced * 2
+    assert statistics.bytes_stored == 192 * 192 * 2  # the three blocks of 64 rows that are whole
+    assert statistics.warp_instructions[1] < statistics.warp_instructions[0] < statistics.instructions
+
+
+TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\], [%r\d]+, 10000000;"
+
+
+def without(pattern: str, number: int | None = None, instead: str = "") -> Callable[[str], str]:
+    """An edit that replaces all matches of a pattern, or the given one."""
+
+    def edit(ptx: str) -> str:
+        matches = list(re.finditer(pattern, ptx))
+        chosen = matches if number is None else [matches[number]]
+        for match in reversed(chosen):
+            ptx = ptx[: match.start()] + instead + ptx[match.end() :]
+        return ptx
+
+    return edit
+
+
+def before_wgmma(ptx: str) -> str:
+    """Takes away the wait for the stage: the last one before the first product."""
+    head, mma, tail = ptx.partition("wgmma.fence")
+    waits = list(re.finditer(TRY_WAIT, head))
+    return head[: waits[-1].start()] + "setp.eq.u32 P1, 0, 0;" + head[waits[-1].end() :] + mma + tail
+
+
+DEFECTS = {
+    "no wait before the products": (before_wgmma, "race: wgmma reads shared memory .* that bulk load of warp 0"),
+    "stage given back before its products are done": (
+        without(r"wgmma\.wait_group\.sync\.aligned\s+1;"),
+        "race: a bulk load writes shared memory .* that wgmma of warp",
+    ),
+    "accumulators read before they are there": (
+        without(r"wgmma\.wait_group\.sync\.aligned\s+0;"),
+        "written by a wgmma that was not waited",
+    ),
+    "no wgmma.fence": (without(r"wgmma\.fence\.sync\.aligned;"), "wgmma without any wgmma.fence"),
+    "no fence before a store": (without(r"fence\.proxy\.async\.shared::cta;"), "proxy: a bulk store reads shared memory"),
+    "buffer written before its store has read it": (without(r"cp\.async\.bulk\.wait_group\.read\s+\d;"), "that bulk store of warp"),
+    "no turns": (without(r"bar\.sync\s+%r\d+, 256;"), "race: wgmma reads shared memory|deadlock"),
+    "a stage expects too few bytes": (without("40960, 24576", instead="40952, 24568"), "deadlock|race"),
+}
+
+
+def one_more_arrival(ptx: str) -> str:
+    """The barriers of released stages wait for five warps, of which there are four."""
+    count = re.search(r"mov\.b32\s+%r\d+, 4;(?=\s+mbarrier\.init)", ptx)
+    return ptx[: count.end() - 2] + "5;" + ptx[count.end() :]
+
+
+DEFECTS["one arrival too many is awaited"] = (one_more_arrival, r"deadlock: [\s\S]*mbarrier at 0x4\d\d, phase 0: 1 of 5 arrivals")
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_planted_defect_is_caught_whatever_the_order(defect):
+    edit, message = DEFECTS[defect]
+    for seed in SEEDS:
+        with pytest.raises(emulator.EmulationError, match=message):
+            emulated_down("dense, ping-pong, bias", edit=edit, seed=seed)
+
+
+def test_missing_wait_shows_without_the_checks_too():
+    """With the checks of order switched off, the adversarial order alone gives wrong values, or a deadlock, with some seed."""
+    a, w_down, b_down, own = down_inputs()
+    want = reference.down_projection(a.double(), w_down.double(), b_down.double(), own)[: int(own.offsets[-1])]
+    wrong = []
+    for seed in range(4):
+        try:
+            y = emulated_down("dense, ping-pong, bias", edit=before_wgmma, seed=seed, check_races=False)
+        except emulator.EmulationError as error:
+            wrong.append("deadlock" in str(error))
+        else:
+            wrong.append(not torch.linalg.norm(y[: len(want)].double() - want) < 3e-3 * torch.linalg.norm(want))
+    assert any(wrong)
+
+
+def test_gathered_rows_need_their_proxy_fence():
+    """cp.async writes through the generic proxy, wgmma reads through the async one."""
+    name, own = "gathered, interleaved, z and bias", routed(5)
+    x, w_up = random(own.num_tokens, H, dtype=torch.bfloat16, seed=6), random(E, 2 * I, H, dtype=torch.bfloat16, seed=7)
+    b_up, rows = random(E, 2 * I, dtype=torch.bfloat16, seed=8), len(own.row_to_token)
+    outputs = poisoned(rows, I, dtype=torch.bfloat16), poisoned(rows, 2 * I, dtype=torch.bfloat16)
+    fences = without(r"fence\.proxy\.async\.shared::cta;", 0)
+    with pytest.raises(emulator.EmulationError, match=r"proxy: wgmma reads shared memory at .* that cp.async of warp [123] .* wrote"):
+        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.row_to_token, *outputs, BLOCKS, edit=fences)
+
+
+def test_output_that_is_too_small_is_an_error_that_names_it():
+    a, w_down, b_down, own = down_inputs()
+    offsets = own.offsets + torch.tensor([0] * E + [30], dtype=torch.int32)  # more rows than there are
+    y = poisoned(len(a), H, dtype=a.dtype)
+    with pytest.raises(
+        emulator.EmulationError, match=r"writes 16 bytes of global memory at .* the nearest is argument 4 \(bfloat16, shape"
+    ):
+        emulator.launch(BUILT["dense, ping-pong, bias"], a, w_down, b_down, offsets, y, BLOCKS)
