@@ -440,7 +440,10 @@ def _load_store(s: _Lowering) -> None:
         raise PTXError(f"moves {len(names)} elements, {elements} are named")
     width = TYPE_BYTES[ptx_type]
     for name in names:
-        operand = s.source(name, width, is_float=ptx_type[0] == "f", wider=True) if store else s.target(name, width, wider=True)
+        if store:
+            operand = s.source(name, width, is_float=ptx_type[0] == "f", wider=True)
+        else:
+            operand = s.target("_" if elements > 1 and name in s.program.unread else name, width, wider=True)
         args += [operand, s.width(name, width)]
     s.emit(s.name.replace("ldu", "ld"), args, a=space, b=s.types[ptx_type.replace("b", "u")])
 

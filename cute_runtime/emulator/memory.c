@@ -162,23 +162,26 @@ u64 address_operand(const struct warp *warp, const s32 *args, s32 lane) {
     return args[1] == 8 ? address : (u32)address;
 }
 
-/* args: address, strong, then (register, its bytes) of each element; in->a the space, in->b the type. */
+/* args: address, strong, then (register, its bytes) of each element; in->a the space, in->b the type. A register of -1 is not wanted. */
 static void load_or_store(struct warp *warp, const struct instruction *in, u32 lanes, bool store) {
     const s32 *args = engine.launch->args + in->first;
     s32 count = (in->count - 4) / 2;
     u32 size = (u32)type_bytes[in->b];
-    bool is_signed = in->b >= TYPE_s8 && in->b <= TYPE_s64;
+    bool is_signed = in->b >= TYPE_s8 && in->b <= TYPE_s64, whole = true;
+    enum access access = !store ? READ : args[3] ? ATOMIC : WRITE;
+    for (s32 i = 0; i < count; i++) whole &= args[4 + 2 * i] >= 0;
     FOR_LANES(l, lanes) {
         u64 address = address_operand(warp, args, l);
-        u8 *bytes = memory_bytes(warp, l, in->a, address, size * (u32)count, store ? (args[3] ? ATOMIC : WRITE) : READ);
+        u8 *bytes = whole ? memory_bytes(warp, l, in->a, address, size * (u32)count, access) : NULL;
+        if (!whole && address & (size * (u32)count - 1)) fail("address 0x%llx: must be aligned to %u bytes", (unsigned long long)address, size * (u32)count);
         for (s32 i = 0; i < count; i++) {
             s32 offset = args[4 + 2 * i], width = args[5 + 2 * i];
-            u8 *element = bytes + i * (s32)size;
+            if (offset < 0) continue;
+            u8 *element = whole ? bytes + i * (s32)size : memory_bytes(warp, l, in->a, address + (u64)i * size, size, access);
             if (store) {
                 memcpy(element, warp->registers + offset + l * width, size);
                 continue;
             }
-            if (offset < 0) continue;
             u64 value = 0;
             memcpy(&value, element, size);
             if (is_signed && size < 8) value = (u64)((s64)(value << (64 - 8 * size)) >> (64 - 8 * size));

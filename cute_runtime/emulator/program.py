@@ -5,6 +5,7 @@ that the core need not tell them apart. :mod:`cute_runtime.emulator.lower` says 
 """
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,7 +66,11 @@ class Program:
         for name, ptx_type in kernel.registers.items():
             self.offsets[name], self.widths[name] = at, TYPE_BYTES[ptx_type]
             at += -(-max(TYPE_BYTES[ptx_type] * LANES, 4) // SLOT) * SLOT
-        used = {token for statement in kernel.statements for operand in statement.operands for token in operand if token in SPECIALS}
+        mentions = Counter(token for statement in kernel.statements for operand in statement.operands for token in operand)
+        mentions.update(statement.guard[0] for statement in kernel.statements if statement.guard)
+        used = mentions.keys() & set(SPECIALS)
+        self.unread = {name for name in kernel.registers if mentions[name] == 1}
+        """Registers that are named once: what a vector load puts there is of no interest."""
         self.specials = np.full(len(SPECIALS), -1, np.int32)
         for number, name in enumerate(SPECIALS):
             if name in used:
