@@ -134,7 +134,7 @@ static void copy_async(struct warp *warp, const struct instruction *in, u32 lane
         if (wanted > (u32)in->a) fail("cp.async: source of %u bytes: at most %d", wanted, in->a);
         if (target % (u32)in->a) fail("cp.async: shared address 0x%x: must be aligned to %d bytes", target, in->a);
         if (wanted && source % (u32)in->a) fail("cp.async: global address 0x%llx: must be aligned to %d bytes", (unsigned long long)source, in->a);
-        if (wanted) global_bytes(source, wanted, false);
+        if (wanted) global_bytes(source, wanted, READ);
         struct block *block = block_of(warp, &at);
         poison(shared_bytes(block, at, (u32)in->a), (size_t)in->a);
         note_write(warp, block, at, (u32)in->a, COPY, operation->clock, false);

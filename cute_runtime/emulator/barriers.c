@@ -277,6 +277,8 @@ bool synchronise(struct warp *warp, struct split *split, const struct instructio
             if (warp->clocks[engine.clock_count + i] < warp->clocks[i]) warp->clocks[engine.clock_count + i] = warp->clocks[i];
         release_clock(warp);
         return true;
+    case OP_fence_device: warp->block->cluster->acquires = true; return true;
+    case OP_grid_wait: warp->block->waited = true; return true;
     default: /* fence_mbarrier_init */
         for (s32 i = 0; i < warp->block->shared_bytes >> 3; i++) {
             struct mbarrier *barrier = warp->block->mbarriers[i];

@@ -160,6 +160,7 @@ static void start_block(struct cluster *cluster, s32 rank) {
 static void start_cluster(u64 number) {
     const struct launch *launch = engine.launch;
     struct cluster *cluster = grow(sizeof *cluster);
+    cluster->number = (u32)number;
     u64 counts[3];
     for (s32 i = 0; i < 3; i++) counts[i] = (u64)(launch->grid[i] / launch->cluster[i]);
     cluster->index[0] = (s32)(number % counts[0]);

@@ -27,6 +27,7 @@ enum { SHARED_BASE = 1024, RANK_SHIFT = 24 };
 #define LOCAL_WINDOW (3ull << 48)
 #define WINDOW(address) ((address) & (0xffffull << 48))
 
+enum access { READ, WRITE, ATOMIC };
 enum space { GENERIC, GLOBAL, SHARED, PARAM, LOCAL };
 
 /* Who does a thing to shared memory: lanes of a warp, one lane of it alone, or hardware that acts for it later. Clocks count what
@@ -46,9 +47,13 @@ struct instruction {
 
 enum { FTZ = 1, SATURATE = 2, TOUCHES_PRODUCT = 4 };
 
+/* A tensor. Of each of its 4-byte words: which cluster of this launch wrote it, and whether the launch before did. */
 struct region {
     u64 base, size;
+    u32 *writer; /* 1 + the cluster's number, with ATOMIC_WRITE; 0: none */
+    const u32 *before;
 };
+#define ATOMIC_WRITE 0x80000000u
 
 /* Mirrored by run.py's _Launch. */
 struct launch {
@@ -60,6 +65,7 @@ struct launch {
     u64 seed, limit;
     s32 code_count, constant_bytes, register_bytes, param_bytes, region_count, static_bytes, dynamic_bytes, local_bytes;
     s32 resident, check_races;
+    s32 overlaps; /* may start before the launch before it has ended (programmatic dependent launch) */
     s32 grid[3], block[3], cluster[3];
 };
 
@@ -133,6 +139,7 @@ struct warp {
 struct block {
     struct cluster *cluster;
     s32 index[3], rank, live;
+    bool waited; /* for the launch before */
     u8 *shared;
     s32 shared_bytes;
     struct word *words;
@@ -144,6 +151,8 @@ struct block {
 };
 
 struct cluster {
+    u32 number;
+    bool acquires; /* has a fence or an acquiring load of the device's scope: what other clusters wrote may then be read */
     s32 index[3], blocks, live_warps;
     struct block *block;
     u32 arrived, phase; /* of barrier.cluster */
@@ -211,10 +220,10 @@ static inline float bfloat_to_float(u16 value) {
 }
 
 /* memory.c */
-enum access { READ, WRITE, ATOMIC };
+
 struct block *block_of(struct warp *warp, u32 *shared_address);
 u8 *shared_bytes(struct block *block, u32 address, u32 size);
-u8 *global_bytes(u64 address, u32 size, bool writes);
+u8 *global_bytes(u64 address, u32 size, enum access access);
 u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32 size, enum access access);
 void note_read(struct warp *warp, struct block *block, u32 address, u32 size, enum agent agent, u32 clock, bool allow_unwritten);
 void note_write(struct warp *warp, struct block *block, u32 address, u32 size, enum agent agent, u32 clock, bool atomic);

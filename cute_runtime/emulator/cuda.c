@@ -8,12 +8,13 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_SUPPORTED = 801, CLUSTER_ATTRIBUTE = 4 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_SUPPORTED = 801, CLUSTER_ATTRIBUTE = 4, OVERLAP_ATTRIBUTE = 6 };
 
 struct attribute {
     int id, padding;
     union {
         unsigned cluster[3];
+        int overlaps;
         char bytes[64];
     } value;
 };
@@ -27,7 +28,7 @@ struct configuration {
 };
 
 typedef void launch_callback(const char *kernel, const unsigned *grid, const unsigned *block, const unsigned *cluster,
-                             uint64_t shared_bytes, void **arguments);
+                             uint64_t shared_bytes, int overlaps, void **arguments);
 
 static launch_callback *on_launch;
 static const char *unsupported;
@@ -74,10 +75,14 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
 
 int cudaLaunchKernelExC(const struct configuration *config, const char *kernel, void **arguments) {
     unsigned cluster[3] = {1, 1, 1};
-    for (unsigned i = 0; i < config->attribute_count; i++)
-        if (config->attributes[i].id == CLUSTER_ATTRIBUTE) memcpy(cluster, config->attributes[i].value.cluster, sizeof cluster);
+    int overlaps = 0;
+    for (unsigned i = 0; i < config->attribute_count; i++) {
+        const struct attribute *attribute = &config->attributes[i];
+        if (attribute->id == CLUSTER_ATTRIBUTE) memcpy(cluster, attribute->value.cluster, sizeof cluster);
+        if (attribute->id == OVERLAP_ATTRIBUTE) overlaps = attribute->value.overlaps;
+    }
     if (!on_launch) return NOT_SUPPORTED;
-    on_launch(kernel, config->grid, config->block, cluster, config->shared_bytes, arguments);
+    on_launch(kernel, config->grid, config->block, cluster, config->shared_bytes, overlaps, arguments);
     return SUCCESS;
 }
 

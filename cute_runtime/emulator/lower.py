@@ -400,9 +400,19 @@ def _registers(s: _Lowering) -> None:
     s.emit("setmaxnreg", a=int(s.operands[0][0]))
 
 
-@_handles("griddepcontrol", "nanosleep", "prefetch", "prefetchu", "membar", "pmevent", "discard", "applypriority")
+@_handles("griddepcontrol")
+def _depend(s: _Lowering) -> None:
+    s.emit("grid_wait" if s.need("wait", "launch_dependents") == "wait" else "nothing")
+
+
+@_handles("membar")
+def _memory_barrier(s: _Lowering) -> None:
+    s.emit("nothing" if s.need("cta", "gl", "sys") == "cta" else "fence_device")
+
+
+@_handles("nanosleep", "prefetch", "prefetchu", "pmevent", "discard", "applypriority")
 def _nothing(s: _Lowering) -> None:
-    """What has no effect on values: launches run one after the other, and memory is coherent."""
+    """What has no effect on values."""
     s.modifiers.clear()
     s.emit("nothing")
 
@@ -426,15 +436,16 @@ def _load_store(s: _Lowering) -> None:
     policy = any(name.endswith("cache_hint") for name in s.modifiers)
     s.count(3 if policy else 2)
     _cache_hints(s)
-    strong = bool(s.take("volatile", "relaxed", "acquire", "release", "mmio"))
-    s.take("weak", *SCOPES)
+    strength = s.take("volatile", "relaxed", "acquire", "release", "mmio")
+    s.take("weak")
+    acquires = s.take(*SCOPES) in ("gpu", "sys") and strength == "acquire"
     s.take("nc")
     space = SPACES[s.take(*SPACES)]
     elements = {"": 1, "v2": 2, "v4": 4, "v8": 8}[s.take("v2", "v4", "v8")]
     ptx_type = s.ptx_type()
     store = s.name == "st"
     address, value = (s.operands[0], s.operands[1]) if store else (s.operands[1], s.operands[0])
-    args = [*s.address(address), strong]
+    args = [*s.address(address), bool(strength)]
     names = s.vector(value)
     if len(names) != elements:
         raise PTXError(f"moves {len(names)} elements, {elements} are named")
@@ -446,13 +457,15 @@ def _load_store(s: _Lowering) -> None:
             operand = s.target("_" if elements > 1 and name in s.program.unread else name, width, wider=True)
         args += [operand, s.width(name, width)]
     s.emit(s.name.replace("ldu", "ld"), args, a=space, b=s.types[ptx_type.replace("b", "u")])
+    if acquires:
+        s.emit("fence_device")
 
 
 @_handles("atom", "red")
 def _atomic(s: _Lowering) -> None:
     _cache_hints(s)
-    s.take("relaxed", "acquire", "release", "acq_rel")
-    s.take(*SCOPES)
+    acquires = s.take("relaxed", "acquire", "release", "acq_rel").startswith("acq")
+    acquires &= s.take(*SCOPES) in ("gpu", "sys")
     s.take("noftz")
     space = SPACES[s.take(*SPACES)]
     operation = s.need("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
@@ -466,6 +479,8 @@ def _atomic(s: _Lowering) -> None:
     if operation != "cas":
         args.append(-1)
     s.emit(f"atom_{operation}", args, a=space, b=s.types[ptx_type.replace("b", "u") if ptx_type[0] == "b" else ptx_type])
+    if acquires:
+        s.emit("fence_device")
 
 
 @_handles("ldmatrix", "stmatrix")

@@ -133,8 +133,7 @@ def _fence(s: _Lowering) -> None:
             s.emit("nothing")
     else:
         s.take("sc", "acq_rel", "acquire", "release")
-        s.need(*SCOPES)
-        s.emit("nothing")
+        s.emit("fence_device" if s.need(*SCOPES) in ("gpu", "sys") else "nothing")
 
 
 # ---- asynchronous copies ----

@@ -30,17 +30,37 @@ u8 *shared_bytes(struct block *block, u32 address, u32 size) {
     return block->shared + address;
 }
 
-u8 *global_bytes(u64 address, u32 size, bool writes) {
+/* Between clusters of a launch there is no barrier: what one writes plainly, no other may touch, unless it acquires. */
+static void note_global(const struct region *region, u64 address, u32 size, enum access access) {
+    const struct block *block = engine.current->block;
+    u32 own = block->cluster->number + 1;
+    for (u64 i = (address - region->base) >> 2; i <= (address + size - 1 - region->base) >> 2; i++) {
+        u32 writer = region->writer[i], other = writer & ~ATOMIC_WRITE;
+        bool both_atomic = access == ATOMIC && writer & ATOMIC_WRITE;
+        if (engine.launch->overlaps && !block->waited && region->before[i])
+            fail("%s {tensor %d} at byte %llu, which the launch before writes, without a griddepcontrol.wait before", access == READ ? "reads" : "writes",
+                 (s32)(region - engine.launch->regions), (unsigned long long)i * 4);
+        if (other && other != own && !both_atomic && !block->cluster->acquires && size >= 4)
+            fail("race: %s {tensor %d} at byte %llu, which cluster %u has written in this launch", access == READ ? "reads" : "writes",
+                 (s32)(region - engine.launch->regions), (unsigned long long)i * 4, other - 1);
+        if (access != READ) region->writer[i] = own | (access == ATOMIC ? ATOMIC_WRITE : 0);
+    }
+}
+
+u8 *global_bytes(u64 address, u32 size, enum access access) {
     const struct launch *launch = engine.launch;
     u64 distance = ~0ull;
     s32 nearest = -1;
     for (s32 i = 0; i < launch->region_count; i++) {
         const struct region *region = &launch->regions[i];
-        if (address >= region->base && address + size <= region->base + region->size) return (u8 *)(uintptr_t)address;
+        if (address >= region->base && address + size <= region->base + region->size) {
+            if (launch->check_races) note_global(region, address, size, access);
+            return (u8 *)(uintptr_t)address;
+        }
         u64 gap = address < region->base ? region->base - address : address - region->base;
         if (gap < distance) distance = gap, nearest = i;
     }
-    const char *verb = writes ? "writes" : "reads";
+    const char *verb = access == READ ? "reads" : "writes";
     if (nearest < 0) fail("%s %u bytes of global memory at 0x%llx: the launch has no tensor", verb, size, (unsigned long long)address);
     const struct region *region = &launch->regions[nearest];
     fail("%s %u bytes of global memory at 0x%llx, outside every tensor: the nearest is {tensor %d}, byte %lld of its %llu", verb, size,
@@ -152,7 +172,7 @@ u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32
         return space == PARAM ? (u8 *)engine.launch->params + offset : warp->local + (u64)lane * limit + offset;
     }
     engine.statistics[access == READ ? GLOBAL_READ : GLOBAL_WRITTEN] += size;
-    return global_bytes(address, size, access != READ);
+    return global_bytes(address, size, access);
 }
 
 /* args: register or -1, its bytes, a constant to add. */

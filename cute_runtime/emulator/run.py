@@ -65,6 +65,8 @@ class Captured(NamedTuple):
     block: tuple[int, int, int]
     cluster: tuple[int, int, int]
     dynamic_bytes: int
+    overlaps: bool
+    """Whether it may start before the launch before it has ended."""
     params: bytes
 
 
@@ -78,7 +80,7 @@ class _Launch(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("code_count", "constant_bytes", "register_bytes", "param_bytes", "region_count", "static_bytes"),
-                *("dynamic_bytes", "local_bytes", "resident", "check_races"),
+                *("dynamic_bytes", "local_bytes", "resident", "check_races", "overlaps"),
             )
         ]
         + [(name, ctypes.c_int32 * 3) for name in ("grid", "block", "cluster")]
@@ -129,7 +131,12 @@ def launch(
             argument = as_device_tensor(argument)
         passed.append(argument)
     captured = _capture(files.stub, programs, passed)
-    return [_run(programs[one.kernel], text, one, regions, seed, resident, check_races) for one in captured]
+    written = [region.marks() for region in regions]
+    statistics = []
+    for one in captured:
+        before, written = written, [region.marks() for region in regions]
+        statistics.append(_run(programs[one.kernel], text, one, regions, before, written, seed, resident, check_races))
+    return statistics
 
 
 def run_ptx(
@@ -164,8 +171,9 @@ def run_ptx(
         at = program.param_offsets[param.name]
         params[at : at + len(raw)] = raw
     sizes = [tuple([*shape, 1, 1][:3]) for shape in (grid, block, cluster)]
-    captured = Captured(program.kernel.name, *sizes, dynamic_bytes, bytes(params))
-    return _run(program, text, captured, regions, seed, resident, check_races)
+    captured = Captured(program.kernel.name, *sizes, dynamic_bytes, False, bytes(params))
+    marks = [[region.marks() for region in regions] for _ in range(2)]
+    return _run(program, text, captured, regions, *marks, seed, resident, check_races)
 
 
 @functools.cache
@@ -194,6 +202,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_char_p,
     *[ctypes.POINTER(ctypes.c_uint32 * 3)] * 3,
     ctypes.c_uint64,
+    ctypes.c_int,
     ctypes.POINTER(ctypes.c_void_p),
 )
 
@@ -215,7 +224,7 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
     captured: list[Captured] = []
     unknown: list[str] = []
 
-    def on_launch(name, grid, block, cluster, dynamic_bytes, pointers) -> None:
+    def on_launch(name, grid, block, cluster, dynamic_bytes, overlaps, pointers) -> None:
         if name.decode() not in programs:
             unknown.append(name.decode())
             return
@@ -225,7 +234,7 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
             at = program.param_offsets[param.name]
             params[at : at + param.size] = ctypes.string_at(pointers[number], param.size)
         shapes = [tuple(shape.contents) for shape in (grid, block, cluster)]
-        captured.append(Captured(name.decode(), *shapes, dynamic_bytes, bytes(params)))
+        captured.append(Captured(name.decode(), *shapes, dynamic_bytes, bool(overlaps), bytes(params)))
 
     callback = _CALLBACK(on_launch)
     cuda.emulator_on_launch(callback)
@@ -242,13 +251,25 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
     return captured
 
 
-def _run(program: Program, text: str, captured: Captured, regions: list[Region], seed: int, resident: int, check_races: bool) -> Statistics:
+def _run(
+    program: Program,
+    text: str,
+    captured: Captured,
+    regions: list[Region],
+    before: list[np.ndarray],
+    written: list[np.ndarray],
+    seed: int,
+    resident: int,
+    check_races: bool,
+) -> Statistics:
+    """Runs one launch. ``written`` receives marks of what it writes; ``before`` are those of the launch before."""
     for axis in range(3):
         if captured.grid[axis] % captured.cluster[axis]:
             raise EmulationError(f"grid {captured.grid}: must be whole clusters of {captured.cluster}")
     warps = -(-math.prod(captured.block) // 32)
     params = np.frombuffer(captured.params + bytes(16), np.uint8)
-    places = np.array([(region.base, region.size) for region in regions] or [(0, 0)], np.uint64)
+    marks = [(own.ctypes.data, other.ctypes.data) for own, other in zip(written, before, strict=True)]
+    places = np.array([(*region[:2], *mark) for region, mark in zip(regions, marks, strict=True)] or [(0, 0, 0, 0)], np.uint64)
     arrays = (program.code, program.args, program.touched, program.constants, params, places, program.specials)
     request = _Launch(
         *(array.ctypes.data for array in arrays),
@@ -264,6 +285,7 @@ def _run(program: Program, text: str, captured: Captured, regions: list[Region],
         program.local_bytes,
         resident,
         check_races,
+        captured.overlaps,
         *((ctypes.c_int32 * 3)(*shape) for shape in (captured.grid, captured.block, captured.cluster)),
     )
     counters = np.zeros(len(_COUNTERS) + 1, np.uint64)

@@ -3,6 +3,8 @@
 import ctypes
 from typing import Any, NamedTuple
 
+import numpy as np
+
 _CUDA_DEVICE = 2  # DLPack's number of the device type
 
 
@@ -12,6 +14,10 @@ class Region(NamedTuple):
     base: int
     size: int
     name: str
+
+    def marks(self) -> np.ndarray:
+        """A number for each of its words of 4 bytes."""
+        return np.zeros(self.size // 4 + 2, np.uint32)
 
 
 class _DLTensor(ctypes.Structure):
@@ -39,7 +45,7 @@ class _OnDevice:
         return _CUDA_DEVICE, 0
 
     def __dlpack__(self, **_: Any) -> Any:
-        capsule = self.tensor.__dlpack__()
+        capsule = _exported(self.tensor)
         _described(capsule).device_type = _CUDA_DEVICE
         return capsule
 
@@ -48,6 +54,11 @@ def _described(capsule: Any) -> _DLTensor:
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return _DLTensor.from_address(pointer(capsule, b"dltensor"))
+
+
+def _exported(tensor: Any) -> Any:
+    """The tensor's capsule; torch exports no tensor that requires a gradient."""
+    return (tensor.detach() if hasattr(tensor, "detach") else tensor).__dlpack__()
 
 
 def is_tensor(argument: Any) -> bool:
@@ -67,7 +78,7 @@ def region_of(tensor: Any, name: str) -> Region:
     Raises:
         ValueError: it is not on the CPU.
     """
-    capsule = tensor.__dlpack__()
+    capsule = _exported(tensor)
     described = _described(capsule)
     if described.device_type != 1:
         raise ValueError(f"{name}: is on device type {described.device_type}: must be on the CPU")

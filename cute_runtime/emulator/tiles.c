@@ -106,7 +106,7 @@ void issue_tile(struct operation *operation) {
         operation->size = bytes;
     } else {
         if (bytes % 16 || !bytes) fail("bulk copy of %u bytes: must be a multiple of 16", bytes);
-        global_bytes(operation->global, bytes, !load);
+        global_bytes(operation->global, bytes, load ? READ : WRITE);
     }
     if (operation->shared % alignment) fail("bulk copy: shared address 0x%x: must be aligned to %u bytes", operation->shared, alignment);
     engine.statistics[load ? BYTES_LOADED : BYTES_STORED] += bytes;
@@ -140,7 +140,7 @@ void load_tile(const struct operation *operation) {
             u32 line = (u32)(map.box[0] * map.element);
             for (u32 r = 0; r < operation->size / line; r++) {
                 struct run run = run_of(&map, operation->coordinate, (s32)r);
-                const u8 *source = run.end > run.begin ? global_bytes(run.global + run.begin, run.end - run.begin, false) : NULL;
+                const u8 *source = run.end > run.begin ? global_bytes(run.global + run.begin, run.end - run.begin, READ) : NULL;
                 u8 bytes[4096] = {0}; /* the longest line: 256 elements of 16 bytes */
                 if (source) memcpy(bytes + run.begin, source, run.end - run.begin);
                 for (u32 piece = 0; piece < line; piece += 16) memcpy(block->shared + swizzled(at + run.shared + piece, map.swizzle), bytes + piece, 16);
@@ -181,7 +181,7 @@ void store_tile(const struct operation *operation) {
         if (run.end <= run.begin) continue;
         u8 bytes[4096];
         for (u32 piece = 0; piece < line; piece += 16) memcpy(bytes + piece, block->shared + swizzled(at + run.shared + piece, map.swizzle), 16);
-        u8 *target = global_bytes(run.global + run.begin, run.end - run.begin, true);
+        u8 *target = global_bytes(run.global + run.begin, run.end - run.begin, operation->reduce ? ATOMIC : WRITE);
         if (operation->reduce) add_into(target, bytes + run.begin, run.end - run.begin, map.type);
         else memcpy(target, bytes + run.begin, run.end - run.begin);
     }
