@@ -259,3 +259,22 @@ ld.param.u64 %out, [out]; mad.wide.u32 %rd1, %lane, 8, %out; st.global.v2.b32 [%
     for matrix in range(2):
         got = out[:, matrix].reshape(8, 8)  # lane l holds row l / 4, columns 2 (l % 4) and the next
         np.testing.assert_array_equal(got, (np.arange(64) + 64 * matrix).reshape(8, 8).T)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_launch_may_not_share_a_word(seed):
+    """Two blocks write one word; a block reads what the other wrote; atomically, or after acquiring, they may."""
+    write = "ld.param.u64 %out, [out]; mov.u32 %r1, %ctaid.x; STORE"
+    options = {"grid": (2,), "seed": seed}
+    for store, fails in {
+        "@%p0 st.global.b32 [%out], %r1;": True,
+        "@%p0 red.global.add.u32 [%out], 1;": False,
+        "mad.wide.u32 %rd1, %r1, 4, %out; @%p0 st.global.b32 [%rd1], %r1;": False,
+        "mad.wide.u32 %rd1, %r1, 4, %out; @%p0 st.global.b32 [%rd1], %r1; fence.acq_rel.gpu; ld.global.b64 %rd2, [%out];": False,
+    }.items():
+        text = kernel(write.replace("STORE", store), ".param .u64 out")
+        if fails:
+            with pytest.raises(EmulationError, match=r"race: writes argument 0 \(int32, shape \(2,\)\) at byte 0, which cluster [01] has"):
+                run_ptx(text, np.zeros(2, np.int32), **options)
+        else:
+            run_ptx(text, np.zeros(2, np.int32), **options)

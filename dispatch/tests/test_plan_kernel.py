@@ -5,6 +5,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -112,6 +113,15 @@ def test_emulated_histogram_or_placement_without_a_barrier_is_a_race(barrier):
 
     with emulator.emulation(edit=edit), pytest.raises(emulator.EmulationError, match=r"race: (reads|writes)|nobody has written"):
         plan(torch.arange(1000) // 2, draw(1000, 40, 6), num_tokens=500, num_experts=40, slots_per_token=2, backend="hopper")
+
+
+@pytest.mark.parametrize("experts", [40, 1500])
+def test_emulated_second_launch_must_wait_for_the_first(experts):
+    """It starts while the first still writes the counts that it reads."""
+    edit = partial(re.sub, r"griddepcontrol\.wait;", "")
+    message = r"(reads|writes) argument \d .*, which the launch before writes, without a griddepcontrol.wait before"
+    with emulator.emulation(edit=edit), pytest.raises(emulator.EmulationError, match=message):
+        count_cumsum(draw(3000, experts, 7), experts, backend="hopper")
 
 
 @pytest.mark.parametrize("size", [0, 1, 128, MAX_BINS - 1, MAX_BINS, 50_000, 4_000_000, MAX_SIZE])
