@@ -7,7 +7,7 @@
 FLOPs 2 R H I. Bytes from memory: w_down once for every expert with rows, a and y once: 2 (E H I + R I + R H). At small I the
 writes of y bound it (I = 256: 4 stages of products for every 64 KiB tile of y), which is what ping-pong is for.
 A box of A may run past the expert's last row into the next expert's; those rows are computed and not stored.
-Roles, barriers and arrive counts: grouped_gemm.py.
+``transposed`` weights are stored (E, I, H). Roles, barriers and arrive counts: grouped_gemm.py.
 """
 
 import cuda.bindings.driver as cuda
@@ -18,14 +18,15 @@ from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
 from sonicmoe.kernels.fake import DTYPES, row_major
-from sonicmoe.kernels.grouped_gemm import GroupedGemm
+from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
 class DownProjection:
-    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], bias: bool) -> None:
+    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], bias: bool, transposed: bool) -> None:
+        self.transposed = transposed
         self.epilogue = ProjectionEpilogue(dtype=dtype, tile_n=tile.n, activation="identity", interleaved=False, store_z=False, bias=bias)
-        self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue)
+        self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue, transposed_b=transposed)
 
     @cute.jit
     def __call__(
@@ -38,11 +39,8 @@ class DownProjection:
         blocks: Int32,
         stream: cuda.CUstream,
     ):
-        experts, hidden, reduced = w_down.shape
-        weight = cute.make_tensor(
-            w_down.iterator,
-            cute.make_layout((hidden, reduced, 1, experts), stride=(w_down.stride[1], 1, w_down.stride[0], w_down.stride[0])),
-        )
+        weight = weight_tensor(w_down, reduced_last=not self.transposed)
+        hidden, _, _, experts = weight.shape
         out = cute.make_tensor(y.iterator, cute.make_layout((y.shape[0], hidden, 1), stride=(y.stride[0], 1, hidden)))
         bias = None
         if const_expr(b_down is not None):
@@ -59,18 +57,18 @@ class DownProjection:
         )
 
 
-def trace(*, dtype: str, bias: bool, tile: str):
+def trace(*, dtype: str, bias: bool, tile: str, transposed: bool = False):
     """The kernel of one variant and the arguments to compile it with, for cute_runtime."""
     element = DTYPES[dtype]
     rows, experts, offsets = (cute.sym_int() for _ in range(3))
     hidden, reduced = (cute.sym_int(divisibility=8) for _ in range(2))
     fake = (
         row_major(element, rows, reduced),
-        row_major(element, experts, hidden, reduced),
+        row_major(element, experts, *((reduced, hidden) if transposed else (hidden, reduced))),
         row_major(element, experts, hidden) if bias else None,
         row_major(cutlass.Int32, offsets),
         row_major(element, rows, hidden),
         Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return DownProjection(tile=TILES[tile], dtype=element, bias=bias), fake
+    return DownProjection(tile=TILES[tile], dtype=element, bias=bias, transposed=transposed), fake

@@ -20,6 +20,16 @@ STORE_BARRIER = 1
 BUFFER_BYTES = 64 * 64 * 2
 
 
+@cute.jit
+def acquire_buffer(chunk: cutlass.Constexpr[int], consumer: Int32):
+    """Waits until the buffer of the ``chunk``-th store of a block of rows may be overwritten."""
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+    if const_expr(chunk == 0 or chunk >= STORE_BUFFERS):
+        if warp == 0:
+            cute.arch.cp_async_bulk_wait_group(0 if chunk == 0 else STORE_BUFFERS - 1, read=True)
+        cute.arch.barrier(barrier_id=STORE_BARRIER + consumer, number_of_threads=128)
+
+
 class RowStore:
     """Stores chunks of 64 rows x ``width`` columns of a row-major output seen as (rows, columns, parts)."""
 
@@ -44,15 +54,6 @@ class RowStore:
             return buffer + row * 128 + ((piece ^ (row % 8)) * 16)
         return buffer + row * 64 + ((piece ^ ((row // 2) % 4)) * 16)
 
-    @cute.jit
-    def acquire(self, chunk: cutlass.Constexpr[int], consumer: Int32):
-        """Waits until the buffer of the ``chunk``-th store of this block may be overwritten."""
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
-        if const_expr(chunk == 0 or chunk >= STORE_BUFFERS):
-            if warp == 0:
-                cute.arch.cp_async_bulk_wait_group(0 if chunk == 0 else STORE_BUFFERS - 1, read=True)
-            cute.arch.barrier(barrier_id=STORE_BARRIER + consumer, number_of_threads=128)
-
     def put(self, values, staging: cute.Pointer, chunk: int) -> None:
         """Writes a chunk to its buffer; ``values(group, half)`` gives the packed pair of columns of this thread."""
         lane = cute.arch.lane_idx()
@@ -62,6 +63,15 @@ class RowStore:
         for i in range(self.width // 16):
             at = self.address(buffer, row, 2 * i + lane // 16)
             ptx.store_four_matrices(at, values(2 * i, 0), values(2 * i, 1), values(2 * i + 1, 0), values(2 * i + 1, 1))
+
+    def put_transposed(self, values, staging: cute.Pointer, chunk: int) -> None:
+        """Writes 64 columns of the accumulator as 64 rows of the output, this block's 64 rows as its columns."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        buffer = staging.toint() + chunk % STORE_BUFFERS * BUFFER_BYTES
+        for i in range(4):
+            at = self.address(buffer, 16 * i + lane // 16 * 8 + lane % 8, 2 * warp + lane // 8 % 2)
+            ptx.store_four_matrices_transposed(at, values(2 * i, 0), values(2 * i, 1), values(2 * i + 1, 0), values(2 * i + 1, 1))
 
     @cute.jit
     def send(
@@ -104,6 +114,20 @@ class RowStore:
                     )
         if warp == 0:
             cute.arch.cp_async_bulk_commit_group()
+
+
+def put_interleaved(store: RowStore, pairs, staging: cute.Pointer, chunk: int) -> None:
+    """64 columns of z from 32 gate and 32 up columns: ``pairs(group, half)``, the packed (gate, up) of a thread's two columns, are
+    8 neighbouring bytes."""
+    lane = cute.arch.lane_idx()
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+    quarter = lane % 4
+    buffer = staging.toint() + chunk % STORE_BUFFERS * BUFFER_BYTES
+    for group in range(4):
+        for half in range(2):
+            line = warp * 16 + half * 8 + lane // 4
+            at = store.address(buffer, line, 2 * group + quarter // 2) + (quarter % 2) * 8
+            ptx.store_8_bytes(at, *pairs(group, half))
 
 
 @cute.jit
@@ -209,13 +233,20 @@ class ProjectionEpilogue:
                 self._add_bias(accumulators, base, bias, expert, first, start)
             if self.store_z and self.interleaved:
                 for half_start in range(start, start + self.width // 8, 4):
-                    self.out.acquire(chunk, consumer)
-                    self._put_interleaved(gate, up, half_start, staging, chunk)
+                    acquire_buffer(chunk, consumer)
+                    put_interleaved(
+                        self.z,
+                        lambda group, half, start=half_start: [
+                            ptx.pack(self.dtype, gate(start + group, half, i), up(start + group, half, i)) for i in range(2)
+                        ],
+                        staging,
+                        chunk,
+                    )
                     self.z.send(z_args, staging, chunk, row, row_end, 2 * (first + half_start * 8), 0, consumer)
                     chunk += 1
             elif self.store_z:
                 for part in range(2 if self.gated else 1):
-                    self.out.acquire(chunk, consumer)
+                    acquire_buffer(chunk, consumer)
                     source = gate if part == 0 else up
                     self.z.put(
                         lambda group, half, source=source, start=start: ptx.pack(
@@ -226,7 +257,7 @@ class ProjectionEpilogue:
                     )
                     self.z.send(z_args, staging, chunk, row, row_end, column, part, consumer)
                     chunk += 1
-            self.out.acquire(chunk, consumer)
+            acquire_buffer(chunk, consumer)
             self.out.put(
                 lambda group, half, start=start: ptx.pack(self.dtype, activated(start + group, half, 0), activated(start + group, half, 1)),
                 staging,
@@ -260,19 +291,6 @@ class ProjectionEpilogue:
                         at = const_expr(base + part * self.columns // 2 + group * 4 + which)
                         accumulators[at] = accumulators[at] + pair[j]
                         accumulators[at + 2] = accumulators[at + 2] + pair[j]
-
-    def _put_interleaved(self, gate, up, start: int, staging: cute.Pointer, chunk: int) -> None:
-        """64 columns of z from 32 gate and 32 up columns: (gate, up, gate, up) of a thread's two columns are 8 bytes."""
-        lane = cute.arch.lane_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
-        quarter = lane % 4
-        buffer = staging.toint() + chunk % STORE_BUFFERS * BUFFER_BYTES
-        for group in range(4):
-            for half in range(2):
-                line = warp * 16 + half * 8 + lane // 4
-                pairs = [ptx.pack(self.dtype, gate(start + group, half, i), up(start + group, half, i)) for i in range(2)]
-                at = self.z.address(buffer, line, 2 * group + quarter // 2) + (quarter % 2) * 8
-                ptx.store_8_bytes(at, *pairs)
 
     def finish(self, consumer) -> None:
         finish_stores()

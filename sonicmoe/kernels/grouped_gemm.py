@@ -36,7 +36,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.scheduler import RECORD, find_tile, first_window, next_slot, publish_tile, read_tile
+from sonicmoe.kernels.scheduler import find_tile, first_window, next_slot, publish_tile, read_tile
 from sonicmoe.kernels.tiles import SCHEDULE_SLOTS, STORE_BUFFERS, TILE_K, Tile
 
 GATHER_WARPS = 3
@@ -46,6 +46,13 @@ TURN_BARRIER = 4
 """Named barriers 4 and 5: the turn of consumer 0 and 1 under ping-pong."""
 
 
+def weight_tensor(weight: cute.Tensor, *, reduced_last: bool) -> cute.Tensor:
+    """A weight (E, columns, K) with the reduction last, or (E, K, columns), as `GroupedGemm.launch` takes it: (columns, K, 1, E)."""
+    experts, first, last = weight.shape
+    shape, stride = ((first, last), (weight.stride[1], 1)) if reduced_last else ((last, first), (1, weight.stride[1]))
+    return cute.make_tensor(weight.iterator, cute.make_layout((*shape, 1, experts), stride=(*stride, weight.stride[0], weight.stride[0])))
+
+
 class GroupedGemm:
     """One grouped GEMM: ``tile``, where A comes from, how B is laid out, and an epilogue object.
 
@@ -53,20 +60,45 @@ class GroupedGemm:
     ``epilogue_args``, a tuple of whatever its host half prepared, and ``finish``, called once at the end.
     """
 
-    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], gather: bool, gated: bool, epilogue) -> None:
+    record = 4
+    """int32 of a tile's record: (expert or -1 at the end, first row, end of the expert's rows, tile of columns)."""
+
+    over_rows = False
+    """Whether the reduction runs over an expert's rows (row_reduction.py) or over a weight's columns."""
+
+    def __init__(
+        self, *, tile: Tile, dtype: type[cutlass.Numeric], gather: bool, gated: bool, epilogue, transposed_b: bool = False
+    ) -> None:
         tile.check()
         self.tile = tile
         self.dtype = dtype
         self.gather = gather
         self.gated = gated
+        self.transposed_b = transposed_b
         self.epilogue = epilogue
         self.group_size = 1 if tile.pingpong else tile.consumers  # consumers that share a tile
         self.row_blocks = tile.rows_per_consumer // 64
 
     def _swizzled(self, rows: int):
-        """Layout of (rows, 64, stages) in shared memory, 128-byte swizzle."""
+        """Layout of (rows, 64, stages) in shared memory, 128-byte swizzle, the reduction contiguous."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         return cute.tile_to_shape(atom, (rows, TILE_K, self.tile.stages), order=(0, 1, 2))
+
+    def _layout_a(self):
+        return self._swizzled(self.tile.m)
+
+    def _layouts_b(self):
+        """B in shared memory, all stages (two halves of the reduction each if transposed); one box of it; that box's shape."""
+        n = self.tile.n
+        if not self.transposed_b:
+            return self._swizzled(n), cute.slice_(self._swizzled(n // 2), (None, None, 0)), (n // 2, TILE_K)
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, self.dtype)
+        box = (n // 2 if self.gated else n, TILE_K // 2)
+        layout, one = (
+            cute.tile_to_shape(atom, (columns, TILE_K // 2, count), order=(1, 0, 2))
+            for columns, count in ((n, 2 * self.tile.stages), (box[0], 1))
+        )
+        return layout, cute.slice_(one, (None, None, 0)), box
 
     @cute.jit
     def launch(
@@ -82,20 +114,20 @@ class GroupedGemm:
     ):
         """a (rows, K); b (columns, K, parts, experts), parts 2 for a gated activation; offsets (experts + 1,) int32."""
         tile = self.tile
-        layout_a = self._swizzled(tile.m)
-        layout_b = self._swizzled(tile.n)
-        box_b = (tile.n // 2, TILE_K)
+        layout_a = self._layout_a()
+        layout_b, layout_box, box_b = self._layouts_b()
         load = cpasync.CopyBulkTensorTileG2SOp() if const_expr(tile.cluster == 1) else cpasync.CopyBulkTensorTileG2SMulticastOp()
-        tma_b, tensor_b = cpasync.make_tiled_tma_atom(load, b, cute.slice_(self._swizzled(tile.n // 2), (None, None, 0)), box_b)
+        tma_b, tensor_b = cpasync.make_tiled_tma_atom(load, b, layout_box, box_b)
         if const_expr(self.gather):
             tma_a, tensor_a = None, a
         else:
             tma_a, tensor_a = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileG2SOp(), a, cute.slice_(layout_a, (None, None, 0)), (tile.m, TILE_K)
             )
-        major = OperandMajorMode.K
+        major_a = OperandMajorMode.MN if const_expr(self.over_rows) else OperandMajorMode.K
+        major_b = OperandMajorMode.MN if const_expr(self.transposed_b) else OperandMajorMode.K
         tiled_mma = hopper.make_trivial_tiled_mma(
-            self.dtype, self.dtype, major, major, Float32, (self.group_size, 1, 1), tiler_mn=(64, tile.instruction_n)
+            self.dtype, self.dtype, major_a, major_b, Float32, (self.group_size, 1, 1), tiler_mn=(64, tile.instruction_n)
         )
 
         @cute.struct
@@ -104,7 +136,7 @@ class GroupedGemm:
             empty: cute.struct.MemRange[Int64, tile.stages]
             record_full: cute.struct.MemRange[Int64, SCHEDULE_SLOTS]
             record_empty: cute.struct.MemRange[Int64, SCHEDULE_SLOTS]
-            records: cute.struct.MemRange[Int32, RECORD * SCHEDULE_SLOTS]
+            records: cute.struct.MemRange[Int32, self.record * SCHEDULE_SLOTS]
             a: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_a)], 1024]
             b: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_b)], 1024]
             staging: cute.struct.Align[cute.struct.MemRange[self.dtype, tile.consumers * STORE_BUFFERS * 64 * 64], 1024]
@@ -146,7 +178,7 @@ class GroupedGemm:
         empty = storage.empty.data_ptr()
         record_full = storage.record_full.data_ptr()
         record_empty = storage.record_empty.data_ptr()
-        records = storage.records.get_tensor(cute.make_layout((RECORD, SCHEDULE_SLOTS)))
+        records = storage.records.get_tensor(cute.make_layout((self.record, SCHEDULE_SLOTS)))
         shared_a = storage.a.get_tensor(layout_a.outer, swizzle=layout_a.inner)
         shared_b = storage.b.get_tensor(layout_b.outer, swizzle=layout_b.inner)
 
@@ -184,8 +216,9 @@ class GroupedGemm:
                 records,
                 record_full,
                 record_empty,
-                cute.ceil_div(a.shape[1], TILE_K),
+                a.shape[1],
                 warp // 4 - 1,
+                storage.b.data_ptr(),
                 storage.staging.data_ptr(),
                 epilogue_args,
             )
@@ -209,29 +242,23 @@ class GroupedGemm:
         grid, _, _ = cute.arch.grid_dim()
         wanted = block // tile.cluster
         clusters = grid // tile.cluster
-        k_tiles = cute.ceil_div(a.shape[1], TILE_K)
-        one = cute.make_layout(1)
+        width = a.shape[1]
         stage = Int32(0)
         phase = Int32(0)
         slot = Int32(0)
         lap = Int32(0)
-        walk, record = find_tile(first_window(), wanted, offsets, column_tiles, rank, tile.m, tile.cluster)
+        walk, record = self._find(self._first(), wanted, offsets, column_tiles, width, rank)
         publish_tile(record, records, record_full, record_empty, slot, lap)
         while record[0] >= 0:
-            expert, row, row_end, column = record
-            boxes = []
-            for i in cutlass.range_constexpr(2 // tile.cluster):
-                half = rank if const_expr(tile.cluster > 1) else i
-                part, index = (half, column) if const_expr(self.gated) else (0, column * 2 + half)
-                weights = cute.local_tile(b[None, None, part, expert], (tile.n // 2, TILE_K), (index, None))
-                target = cute.local_tile(shared_b, (tile.n // 2, TILE_K), (half, 0, None))
-                boxes.append(cpasync.tma_partition(tma_b, 0, one, cute.group_modes(target, 0, 2), cute.group_modes(weights, 0, 2)))
+            row, row_end = record[1], record[2]
+            k_tiles = self._k_tiles(record, width)
+            boxes = self._boxes(tma_b, b, shared_b, record, rank)
             arriving = Int32(tile.n * TILE_K * 2)
             has_rows = row < row_end
             if const_expr(not self.gather):
                 own_rows = cute.local_tile(cute.domain_offset((row, 0), a), (tile.m, TILE_K), (0, None))
                 rows_to, rows_from = cpasync.tma_partition(
-                    tma_a, 0, one, cute.group_modes(shared_a, 0, 2), cute.group_modes(own_rows, 0, 2)
+                    tma_a, 0, cute.make_layout(1), cute.group_modes(shared_a, 0, 2), cute.group_modes(own_rows, 0, 2)
                 )
                 if has_rows:
                     arriving += tile.m * TILE_K * 2
@@ -239,11 +266,13 @@ class GroupedGemm:
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, arriving)
-                for box_to, box_from in boxes:
+                for box_to, box_from, half in boxes:
+                    source = box_from[None, k if const_expr(half is None) else k * 2 + half]
+                    target = box_to[None, stage if const_expr(half is None) else stage * 2 + half]
                     if const_expr(tile.cluster > 1):
-                        cute.copy(tma_b, box_from[None, k], box_to[None, stage], tma_bar_ptr=full + stage, mcast_mask=cutlass.Int16(3))
+                        cute.copy(tma_b, source, target, tma_bar_ptr=full + stage, mcast_mask=cutlass.Int16(3))
                     else:
-                        cute.copy(tma_b, box_from[None, k], box_to[None, stage], tma_bar_ptr=full + stage)
+                        cute.copy(tma_b, source, target, tma_bar_ptr=full + stage)
                 if const_expr(not self.gather):
                     if has_rows:
                         cute.copy(tma_a, rows_from[None, k], rows_to[None, stage], tma_bar_ptr=full + stage)
@@ -255,11 +284,50 @@ class GroupedGemm:
                     # Behind the first loads of this tile, where it delays none.
                     wanted += clusters
                     slot, lap = next_slot(slot, lap, 1)
-                    walk, record = find_tile(walk, wanted, offsets, column_tiles, rank, tile.m, tile.cluster)
+                    walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
+                    publish_tile(record, records, record_full, record_empty, slot, lap)
+            if const_expr(self.over_rows):
+                if k_tiles == 0:
+                    wanted += clusters
+                    slot, lap = next_slot(slot, lap, 1)
+                    walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
                     publish_tile(record, records, record_full, record_empty, slot, lap)
         if const_expr(tile.pingpong):
             slot, lap = next_slot(slot, lap, 1)
             publish_tile(record, records, record_full, record_empty, slot, lap)
+
+    def _first(self):
+        return first_window()
+
+    def _find(self, walk, wanted, offsets, column_tiles, width, rank):
+        return find_tile(walk, wanted, offsets, column_tiles, rank, self.tile.m, self.tile.cluster)
+
+    def _k_tiles(self, record, width):
+        """Stages of a tile."""
+        return cute.ceil_div(width, TILE_K)
+
+    def _boxes(self, tma_b, b, shared_b, record: tuple, rank) -> list[tuple]:
+        """The boxes of a tile of B that this block loads: (shared memory, global memory, half of the reduction or None for all of it).
+
+        A block of a cluster loads one half for both: of the columns (of a gated activation: gate or up), else of the reduction.
+        """
+        expert, column = record[0], record[3]
+        halves = (0, 1) if self.tile.cluster == 1 else (rank,)
+        if not self.transposed_b:
+            return [
+                self._box(tma_b, b, shared_b, expert, *((half, column) if self.gated else (0, column * 2 + half)), half, None)
+                for half in halves
+            ]
+        if self.gated:
+            return [self._box(tma_b, b, shared_b, expert, part, column, part, half) for part in halves for half in (0, 1)]
+        return [self._box(tma_b, b, shared_b, expert, 0, column, 0, half) for half in halves]
+
+    def _box(self, tma_b, b, shared_b, expert, part, index, place, half) -> tuple:
+        """Box ``index`` along the columns of ``part``, to the ``place``-th box of a stage."""
+        shape = self._layouts_b()[2]
+        source = cute.local_tile(b[None, None, part, expert], shape, (index, None))
+        target = cute.local_tile(shared_b, shape, (place, 0, None))
+        return (*cpasync.tma_partition(tma_b, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(source, 0, 2)), half)
 
     @cute.jit
     def _gather(self, a, row_token, shared_a, full, empty, records, record_full, record_empty, warp: Int32):
@@ -280,8 +348,9 @@ class GroupedGemm:
         phase = Int32(0)
         slot = Int32(0)
         lap = Int32(0)
-        expert, row, row_end, _ = read_tile(records, record_full, record_empty, slot, lap)
-        while expert >= 0:
+        record = read_tile(records, record_full, record_empty, slot, lap)
+        while record[0] >= 0:
+            row, row_end = record[1], record[2]
             for i in cutlass.range_constexpr(turns):
                 mine = row + (cute.arch.thread_idx()[0] // 8 - 4) + i * (GATHER_WARPS * 4)
                 begins[i] = Int32(-1)
@@ -317,7 +386,7 @@ class GroupedGemm:
                     stage = Int32(0)
                     phase ^= 1
             slot, lap = next_slot(slot, lap, 1)
-            expert, row, row_end, _ = read_tile(records, record_full, record_empty, slot, lap)
+            record = read_tile(records, record_full, record_empty, slot, lap)
 
     @cute.jit
     def _consume(
@@ -330,8 +399,9 @@ class GroupedGemm:
         records,
         record_full,
         record_empty,
-        k_tiles,
+        width,
         consumer,
+        pointer_b,
         staging,
         epilogue_args,
     ):
@@ -350,29 +420,39 @@ class GroupedGemm:
         step = const_expr(2 if tile.pingpong else 1)
         if const_expr(tile.pingpong):
             slot = consumer
-            stage, phase = self._skip(stage, phase, k_tiles * consumer)
+            stage, phase = self._skip(stage, phase, cute.ceil_div(width, TILE_K) * consumer)
             if consumer == 1:
                 self._pass_turn(consumer)
-        expert, row, row_end, column = read_tile(records, record_full, record_empty, slot, lap)
-        while expert >= 0:
-            my_row = row + place * 64
+        record = read_tile(records, record_full, record_empty, slot, lap)
+        while record[0] >= 0:
+            k_tiles = self._k_tiles(record, width)
+            first, end = self._outputs(record, width)
+            my_row = first + place * 64
+            tail = (pointer_b, record[2] - record[1])
             if const_expr(tile.pingpong):
                 cute.arch.barrier(barrier_id=TURN_BARRIER + consumer, number_of_threads=256)
-            if my_row < row_end:
+            if my_row < end:
                 stage, phase = self._multiply(
-                    tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage, phase, k_tiles, consumer
+                    tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage, phase, k_tiles, consumer, tail
                 )
                 for block in cutlass.range_constexpr(self.row_blocks):
                     block_row = my_row + block * (64 * self.group_size)
-                    if block_row < row_end:
-                        self.epilogue.store(accumulators, block, epilogue_args, expert, block_row, row_end, column, my_staging, consumer)
+                    if block_row < end:
+                        self.epilogue.store(accumulators, block, epilogue_args, record[0], block_row, end, record[3], my_staging, consumer)
             else:
-                stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer)
+                stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer, tail)
             if const_expr(tile.pingpong):
                 stage, phase = self._skip(stage, phase, k_tiles)
             slot, lap = next_slot(slot, lap, step)
-            expert, row, row_end, column = read_tile(records, record_full, record_empty, slot, lap)
+            record = read_tile(records, record_full, record_empty, slot, lap)
         self.epilogue.finish(consumer)
+
+    def _outputs(self, record, width):
+        """First and end of the rows of the output that this block's tile may store."""
+        return record[1], record[2]
+
+    def _clear_tail(self, tail, stage, k, k_tiles) -> None:
+        """Before the products of a stage: nothing to do where the loads zero what lies beyond the reduction's end."""
 
     @cute.jit
     def _skip(self, stage: Int32, phase: Int32, k_tiles: Int32):
@@ -395,7 +475,18 @@ class GroupedGemm:
 
     @cute.jit
     def _multiply(
-        self, tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32
+        self,
+        tiled_mma,
+        accumulators,
+        fragments_a,
+        fragments_b,
+        full,
+        empty,
+        stage: Int32,
+        phase: Int32,
+        k_tiles: Int32,
+        consumer: Int32,
+        tail: tuple,
     ):
         """All k tiles into the accumulators.
 
@@ -404,16 +495,24 @@ class GroupedGemm:
         """
         queued = const_expr(1 if self.tile.pingpong else 0)
         previous = stage
+        if const_expr(self.over_rows):
+            accumulators.fill(0.0)  # an expert without rows has no stage
         for k in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
+            self._clear_tail(tail, stage, k, k_tiles)
             if const_expr(self.gather):
                 # cp.async wrote through the generic proxy, wgmma reads through the async one.
                 cute.arch.fence_proxy("async.shared", space="cta")
             warpgroup.fence()
             mma = cute.make_mma_atom(tiled_mma.op)
-            mma.set(warpgroup.Field.ACCUMULATE, k > 0)
+            mma.set(warpgroup.Field.ACCUMULATE, True if const_expr(self.over_rows) else k > 0)
             for i in cutlass.range_constexpr(TILE_K // 16):
-                cute.gemm(mma, accumulators, fragments_a[None, None, i, stage], fragments_b[None, None, i, stage], accumulators)
+                fragment_b = (
+                    fragments_b[None, None, i % 2, stage * 2 + i // 2]
+                    if const_expr(self.transposed_b)
+                    else fragments_b[None, None, i, stage]
+                )
+                cute.gemm(mma, accumulators, fragments_a[None, None, i, stage], fragment_b, accumulators)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
             warpgroup.wait_group(queued)
@@ -433,10 +532,11 @@ class GroupedGemm:
         return stage, phase
 
     @cute.jit
-    def _follow(self, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32):
+    def _follow(self, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32, tail: tuple):
         """Leaves every stage of a tile unread, keeping the barriers' count."""
-        for _ in cutlass.range(k_tiles, unroll=1):
+        for k in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
+            self._clear_tail(tail, stage, k, k_tiles)
             self._release(empty, stage)
             stage += 1
             if stage == self.tile.stages:

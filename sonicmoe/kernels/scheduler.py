@@ -25,9 +25,6 @@ from sonicmoe.kernels.tiles import SCHEDULE_SLOTS
 GROUP = 8
 """Bands that run through all columns before the next ones: 8 bands of 2 x 128 rows are 16 MiB of x at H = 4096."""
 
-RECORD = 4
-"""int32 of one record."""
-
 
 @cute.jit
 def first_window():
@@ -100,7 +97,7 @@ def publish_tile(record: tuple, records: cute.Tensor, full: cute.Pointer, empty:
     """A record into the ring, by one warp."""
     cute.arch.mbarrier_wait(empty + slot, lap ^ 1)
     if cute.arch.lane_idx() == 0:
-        for i in cutlass.range_constexpr(RECORD):
+        for i in cutlass.range_constexpr(len(record)):
             records[i, slot] = record[i]
         cute.arch.mbarrier_arrive(full + slot)
     cute.arch.sync_warp()
@@ -110,11 +107,8 @@ def publish_tile(record: tuple, records: cute.Tensor, full: cute.Pointer, empty:
 def read_tile(records: cute.Tensor, full: cute.Pointer, empty: cute.Pointer, slot: Int32, lap: Int32):
     """A record of the ring, by all lanes of a warp; frees its slot."""
     cute.arch.mbarrier_wait(full + slot, lap)
-    expert = records[0, slot]
-    row = records[1, slot]
-    row_end = records[2, slot]
-    column = records[3, slot]
+    record = tuple([records[i, slot] for i in range(records.shape[0])])
     cute.arch.sync_warp()
     if cute.arch.lane_idx() == 0:
         cute.arch.mbarrier_arrive(empty + slot)
-    return expert, row, row_end, column
+    return record

@@ -101,7 +101,17 @@ SQUARE = Tile(m=128, n=128, pingpong=True, cluster=2, stages=5)
 BROAD = Tile(m=128, n=192, pingpong=True)
 """The same with fewer bytes a product and no cluster, so that an odd number of row tiles leaves no block idle."""
 
-TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD)}
+WIDE = Tile(m=128, n=256, cluster=2)
+"""31 bytes from L2 a multiplying cycle with half of them multicast, and 100 registers beside the accumulators for the epilogue."""
+
+LONE = Tile(m=128, n=256)
+"""WIDE without the cluster, so that an odd number of row tiles leaves no block idle. A candidate, in no rule yet."""
+
+SLIM = Tile(m=192, n=128, consumers=3)
+"""Three consumers with 64 accumulators each: an expert of up to 192 rows at one reading of its weights, and registers left for a
+large epilogue. A candidate, in no rule yet."""
+
+TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM)}
 
 FITS_TALL = 160
 FITS_PAIR = 320
@@ -129,3 +139,21 @@ def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
     if rows <= FITS_TALL * experts:
         return TALL
     return BROAD if reduced <= 512 or rows < 1024 * experts else SQUARE
+
+
+def activation_backward_tile(*, rows: int, experts: int) -> Tile:
+    """The tile of the activation's backward: its epilogue keeps z, dz and scaled_a of 32 columns beside the accumulators, which
+    spills with the 160 registers of three consumers. Not measured on a GPU yet."""
+    return WIDE
+
+
+def dx_tile(*, rows: int, experts: int, reduced: int) -> Tile:
+    """The tile of dx's rows, ``reduced`` = Z: as the down-projection's where few stages must hide the stores. Not measured on a GPU yet."""
+    if rows <= FITS_TALL * experts:
+        return TALL
+    return SQUARE if reduced <= 512 else WIDE
+
+
+def weight_grad_tile() -> Tile:
+    """The tile of the weights' gradients: the gathered operand is the narrower one. Not measured on a GPU yet."""
+    return WIDE

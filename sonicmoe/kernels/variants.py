@@ -6,7 +6,14 @@ from cute_runtime import Variant
 from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, Tile
 
 
-def up_projection(*, tile: Tile, dtype: str, activation: str, interleaved: bool, store_z: bool, bias: bool) -> Variant:
+def _stored(transposed: bool) -> dict[str, bool]:
+    """The parameter of weights whose last two dimensions are exchanged in memory; without it they are not."""
+    return {"transposed": True} if transposed else {}
+
+
+def up_projection(
+    *, tile: Tile, dtype: str, activation: str, interleaved: bool, store_z: bool, bias: bool, transposed: bool = False
+) -> Variant:
     """kernels/up_projection.py: dtype bfloat16 or float16; interleaved must be False for an activation without a gate."""
     return Variant(
         "sonicmoe.kernels.up_projection",
@@ -17,13 +24,56 @@ def up_projection(*, tile: Tile, dtype: str, activation: str, interleaved: bool,
             "interleaved": interleaved,
             "store_z": store_z,
             "bias": bias,
-        },
+        }
+        | _stored(transposed),
     )
 
 
-def down_projection(*, tile: Tile, dtype: str, bias: bool) -> Variant:
+def down_projection(*, tile: Tile, dtype: str, bias: bool, transposed: bool = False) -> Variant:
     """kernels/down_projection.py: dtype bfloat16 or float16."""
-    return Variant("sonicmoe.kernels.down_projection", {"tile": tile.name, "dtype": dtype, "bias": bias})
+    return Variant("sonicmoe.kernels.down_projection", {"tile": tile.name, "dtype": dtype, "bias": bias} | _stored(transposed))
+
+
+def activation_backward(
+    *, tile: Tile, dtype: str, activation: str, interleaved: bool, dz: bool, dscore: bool, scaled_a: bool, transposed: bool = False
+) -> Variant:
+    """kernels/activation_backward.py: dz, dscore, scaled_a say which results are wanted, one of the first two at least."""
+    return Variant(
+        "sonicmoe.kernels.activation_backward",
+        {
+            "tile": tile.name,
+            "dtype": dtype,
+            "activation": activation,
+            "interleaved": interleaved,
+            "dz": dz,
+            "dscore": dscore,
+            "scaled_a": scaled_a,
+        }
+        | _stored(transposed),
+    )
+
+
+def score_grad(*, dtype: str, bias: bool) -> Variant:
+    """kernels/score_grad.py: dtype of dout and b_down, which count only with ``bias``."""
+    return Variant("sonicmoe.kernels.score_grad", {"dtype": dtype if bias else "bfloat16", "bias": bias})
+
+
+def weight_grad(*, tile: Tile, dtype: str, transposed: bool, add: bool = False) -> Variant:
+    """kernels/weight_grad.py: transposed for dw_up, not for dw_down; add into a float32 buffer, or store in ``dtype``."""
+    return Variant(
+        "sonicmoe.kernels.weight_grad",
+        {"tile": tile.name, "dtype": dtype, "transposed": transposed} | ({"add": True} if add else {}),
+    )
+
+
+def bias_grad(*, dtype: str, gathered: bool) -> Variant:
+    """kernels/bias_grad.py: gathered for db_down, not for db_up."""
+    return Variant("sonicmoe.kernels.bias_grad", {"dtype": dtype, "gathered": gathered})
+
+
+def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
+    """kernels/dx_rows.py."""
+    return Variant("sonicmoe.kernels.dx_rows", {"tile": tile.name, "dtype": dtype} | _stored(transposed))
 
 
 def prebuilt_variants() -> list[Variant]:

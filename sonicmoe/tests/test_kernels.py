@@ -11,7 +11,7 @@ from cute_runtime import emulator
 from dispatch import DispatchPlan, plan
 from sonicmoe.backends import reference
 from sonicmoe.kernels import tiles, variants
-from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, TILES, Tile
+from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, TILES, WIDE, Tile
 
 BUILT = {
     "gathered, interleaved, z and bias": variants.up_projection(
@@ -92,10 +92,18 @@ def test_tiles_follow_the_rows_of_an_expert():
     assert tiles.down_tile(rows=524288, experts=256, reduced=256) is BROAD
 
 
-def test_prebuilt_variants_cover_the_table():
+def test_tiles_of_the_backward_follow_the_rows_of_an_expert():
+    assert tiles.activation_backward_tile(rows=32768, experts=256) is WIDE
+    assert tiles.dx_tile(rows=32768, experts=256, reduced=2048) is TALL
+    assert tiles.dx_tile(rows=262144, experts=128, reduced=2048) is WIDE
+    assert tiles.dx_tile(rows=524288, experts=256, reduced=512) is SQUARE
+    assert tiles.weight_grad_tile() is WIDE
+
+
+def test_prebuilt_variants_cover_the_tiles_of_the_forward():
     built = variants.prebuilt_variants()
     assert len(set(built)) == len(built) == 11
-    assert {variant.params["tile"] for variant in built} == set(TILES)
+    assert {variant.params["tile"] for variant in built} == {tile.name for tile in (TALL, PAIR, SQUARE, BROAD)}
 
 
 def routed(seed: int) -> DispatchPlan:
