@@ -14,18 +14,13 @@ import torch
 
 import cute_runtime
 from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
-from dispatch.chunk_counts import multiprocessors
 from sonicmoe.activations import is_gated
+from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices
 from sonicmoe.backends.reference import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
 
 __all__ = ["DTYPES", "activation_backward", "down_projection", "down_weight_grad", "dx_rows", "forward", "up_projection", "up_weight_grad"]
-
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-MOST_GATHERED = 2**34 - 1
-"""Elements of x: where a row begins is an int32 in units of 16 bytes."""
 
 
 def forward(
@@ -53,18 +48,20 @@ def forward(
     Raises:
         ValueError: a tensor that the kernels cannot take as it is, in one sentence, before any work.
     """
+    stored_up, up_transposed = (w_up, False) if w_up.is_contiguous() else as_stored("w_up", w_up)
+    stored_down, down_transposed = (w_down, False) if w_down.is_contiguous() else as_stored("w_down", w_down)
     pointers = x.data_ptr() | w_up.data_ptr() | w_down.data_ptr()
-    contiguous = x.is_contiguous() and w_up.is_contiguous() and w_down.is_contiguous()
+    contiguous = x.is_contiguous()
     for bias in (b_up, b_down):
         if bias is not None:
             pointers |= bias.data_ptr()
             contiguous = contiguous and bias.is_contiguous()
     if pointers % 16 or not contiguous:
-        check_dtypes("x", x, w_up=w_up, w_down=w_down, b_up=b_up, b_down=b_down)
+        check_matrices(x=x, w_up=stored_up, w_down=stored_down, b_up=b_up, b_down=b_down)
     device, slots = x.device, expert_index.shape[0]
     launch = _forward_launch(
         *(x.shape, w_up.shape, slots, slots_per_token, x.dtype, expert_index.dtype, device),
-        *(activation, gate_up_layout, store_z, b_up is not None, b_down is not None),
+        *(activation, gate_up_layout, store_z, b_up is not None, b_down is not None, up_transposed, down_transposed),
     )
     if launch is None or debug.enabled():
         return None
@@ -78,9 +75,9 @@ def forward(
             packed, plan = plan_hopper.launch(token_index, expert_index, x.shape[0], w_up.shape[0], slots_per_token)
         a = x.new_empty(*launch.a)  # numbers, not a tuple: half a microsecond less
         z = x.new_empty(*launch.z) if store_z else None
-        launch.up(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, launch.blocks)
+        launch.up(x, stored_up, b_up, plan.offsets, plan.row_to_token, a, z, launch.blocks)
         y = x.new_empty(*launch.y)
-        launch.down(a, w_down, b_down, plan.offsets, y, launch.blocks)
+        launch.down(a, stored_down, b_down, plan.offsets, y, launch.blocks)
         out = torch.empty_like(x)
         if slots_per_token is not None:
             launch.gather_sum(y, score, plan.slot_to_row, None, None, out, slots_per_token)
@@ -116,6 +113,8 @@ def _forward_launch(
     store_z: bool,
     up_bias: bool,
     down_bias: bool,
+    up_transposed: bool,
+    down_transposed: bool,
 ) -> ForwardLaunch | None:
     """None where there is nothing to compute. Raises ValueError where an index of a kernel would overflow."""
     (tokens, hidden), (experts, width, _) = x, w_up
@@ -124,11 +123,11 @@ def _forward_launch(
     if not slots or not tokens:
         return None
     uniform = slots_per_token is not None
-    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias)
+    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias, up_transposed)
     return ForwardLaunch(
         plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
         up,
-        _down_launch(slots, experts, hidden, reduced, dtype, down_bias),
+        _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed),
         gather_sum_hopper.kernel(dtype, uniform, True),
         (slots, reduced),
         (slots, width),
@@ -151,24 +150,26 @@ def up_projection(
 
     Args:
         x: (T, H) bfloat16 or float16, H a multiple of 8, contiguous and aligned to 16 bytes like every tensor here.
-        w_up: (E, Z, H), x's dtype.
+        w_up: (E, Z, H), x's dtype; either of its last two dimensions may be the contiguous one.
         b_up: (E, Z) or None.
 
     Raises:
         TypeError, ValueError: a tensor that the kernel cannot take as it is, in one sentence, before any work.
     """
     rows, width, experts = plan.row_to_token.shape[0], w_up.shape[1], w_up.shape[0]
-    check_dtypes("x", x, w_up=w_up, b_up=b_up)
-    if x.numel() > MOST_GATHERED:
-        cute_runtime.check_launch(max_elements=MOST_GATHERED, x=x)
+    stored, transposed = as_stored("w_up", w_up)
+    check_matrices(x=x, w_up=stored, b_up=b_up)
+    check_gathered(x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
-    kernel, a_width = _up_launch(rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None)
+    kernel, a_width = _up_launch(
+        rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None, transposed
+    )
     a = x.new_empty(rows, a_width)
     z = x.new_empty(rows, width) if store_z else None
     if kernel is not None:
         device = x.device
         with cute_runtime.on_device(device):
-            kernel(x, w_up, b_up, plan.offsets, plan.row_to_token, a, z, blocks(device))
+            kernel(x, stored, b_up, plan.offsets, plan.row_to_token, a, z, blocks(device))
     return a, z
 
 
@@ -177,7 +178,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
 
     Args:
         a: (R, I) bfloat16 or float16, I a multiple of 8, contiguous and aligned to 16 bytes like every tensor here.
-        w_down: (E, H, I), a's dtype.
+        w_down: (E, H, I), a's dtype; either of its last two dimensions may be the contiguous one.
         b_down: (E, H) or None.
 
     Raises:
@@ -185,34 +186,30 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     """
     rows, reduced = a.shape
     experts, hidden, _ = w_down.shape
-    check_dtypes("a", a, w_down=w_down, b_down=b_down)
+    stored, transposed = as_stored("w_down", w_down)
+    check_matrices(a=a, w_down=stored, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
-    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None)
+    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None, transposed)
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
-            kernel(a, w_down, b_down, plan.offsets, y, blocks(device))
+            kernel(a, stored, b_down, plan.offsets, y, blocks(device))
     return y
-
-
-def check_dtypes(name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
-    if first.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {first.dtype}: the Hopper kernels take bfloat16 or float16")
-    for other, tensor in others.items():
-        if tensor is not None and tensor.dtype != first.dtype:
-            raise TypeError(f"{other}: dtype {tensor.dtype}: must be {name}'s dtype {first.dtype}")
-    cute_runtime.check_launch(**{name: first}, **others)
-
-
-def blocks(device: torch.device) -> int:
-    """One persistent block a multiprocessor, an even number so that clusters of two are whole."""
-    return multiprocessors(device) // 2 * 2
 
 
 @functools.lru_cache(maxsize=1024)
 def _up_launch(
-    rows: int, width: int, experts: int, hidden: int, dtype: torch.dtype, activation: str, gate_up_layout: str, store_z: bool, bias: bool
+    rows: int,
+    width: int,
+    experts: int,
+    hidden: int,
+    dtype: torch.dtype,
+    activation: str,
+    gate_up_layout: str,
+    store_z: bool,
+    bias: bool,
+    transposed: bool,
 ) -> tuple[Callable[..., None] | None, int]:
     """The kernel for these sizes, None where there is nothing to compute, and the columns of a."""
     gated = is_gated(activation)
@@ -227,18 +224,21 @@ def _up_launch(
         interleaved=gated and gate_up_layout == "interleaved",
         store_z=store_z,
         bias=bias,
+        transposed=transposed,
     )
     return cute_runtime.load(variant), columns
 
 
 @functools.lru_cache(maxsize=1024)
-def _down_launch(rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool) -> Callable[..., None] | None:
+def _down_launch(
+    rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool, transposed: bool
+) -> Callable[..., None] | None:
     """The kernel for these sizes, None where there is nothing to compute."""
     if rows == 0:
         return None
     _check_reach(rows, w_down=hidden * reduced)
     tile = down_tile(rows=rows, experts=experts, reduced=reduced)
-    return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias))
+    return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias, transposed=transposed))
 
 
 def _check_reach(rows: int, **expert_elements: int) -> None:

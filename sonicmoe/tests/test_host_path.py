@@ -72,6 +72,7 @@ class StandIns:
             out.copy_(value)
 
     def up_projection(self, params, x, w_up, b_up, offsets, row_to_token, a, z, blocks):
+        w_up = w_up.mT if params.get("transposed") else w_up
         plan = DispatchPlan(offsets, row_to_token, None, None, None, None, len(x), len(w_up), None)
         layout = "interleaved" if params["interleaved"] else "concatenated"
         got = reference.up_projection(
@@ -84,6 +85,7 @@ class StandIns:
                 out.copy_(value)
 
     def down_projection(self, params, a, w_down, b_down, offsets, y, blocks):
+        w_down = w_down.mT if params.get("transposed") else w_down
         y.copy_(reference.down_projection(a, w_down, b_down, DispatchPlan(offsets, *[None] * 5, 0, len(w_down), None)))
 
     def gather_sum(self, params, rows, score, slot_to_row, token_offsets, token_slots, out, k):
@@ -200,7 +202,8 @@ def test_tensors_that_no_kernel_takes_are_refused_before_any_launch(stand_ins, c
     elif change == "strided b_down":
         b_down, message = b_down.mT.contiguous().mT, r"^b_down: shape \(8, 32\) with strides \(1, 8\): must be contiguous$"
     else:
-        w_down, message = w_down.mT.contiguous().mT, r"^w_down: shape \(8, 32, 16\) with strides \(512, 1, 32\): must be contiguous$"
+        w_down = torch.cat((w_down, w_down), dim=2)[..., :I]
+        message = r"^w_down: shape \(8, 32, 16\) with strides \(1024, 32, 1\): must be contiguous, or be so with its last two"
     with pytest.raises(ValueError, match=message):
         routed_experts(x, w_up, w_down, routing, b_down=b_down)
     assert stand_ins.launched == []
@@ -233,6 +236,25 @@ def test_more_chosen_slots_than_an_index_reaches_are_refused_before_any_launch(s
     with pytest.raises(ValueError, match=r"^logits: shape \(268435456, 8\): T \* k=2147483648 must be at most 2147483647$"):
         top_k(logits, 8)
     assert stand_ins.launched == []
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+def test_weights_stored_with_their_last_dimensions_exchanged_are_used_in_place(stand_ins, monkeypatch, layout):
+    (x, w_up, w_down, routing), biases = make_arguments(make_layer(bias=True, gate_up_layout=layout))
+    expected = routed_experts(x, w_up, w_down, routing, **biases, gate_up_layout=layout)
+    stored = [weight.detach().mT.contiguous() for weight in (w_up, w_down)]
+    seen = []
+    load = stand_ins.load
+    monkeypatch.setattr(
+        cute_runtime,
+        "load",
+        lambda variant: lambda *args: (seen.extend(map(torch.Tensor.data_ptr, filter(torch.is_tensor, args))), load(variant)(*args)),
+    )
+    for cache in CACHES:
+        cache.cache_clear()
+    got = routed_experts(x, *(weight.mT for weight in stored), routing, **biases, gate_up_layout=layout)
+    assert torch.equal(got, expected)
+    assert {weight.data_ptr() for weight in stored} <= set(seen)
 
 
 def operators_of(function):

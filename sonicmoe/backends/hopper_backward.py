@@ -1,0 +1,188 @@
+"""The backward's expert operations in kernels of our own: host half of `sonicmoe.kernels`' activation_backward, score_grad,
+weight_grad, bias_grad and dx_rows.
+
+Without host synchronisation, on the current stream, and deterministic. `sonicmoe.backends.hopper` does not use them yet: they have
+run in the emulator only, not on a GPU (docs/kernels/backward.md says what is missing).
+Notation: T tokens, H hidden size, I intermediate size, E experts, R rows, Z = 2I for a gated activation, else I.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+import cute_runtime
+from cute_runtime import Variant
+from dispatch import DispatchPlan
+from sonicmoe.activations import activate, is_gated
+from sonicmoe.backends.arguments import DTYPES, as_stored, blocks, check_gathered, check_matrices
+from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import activation_backward_tile, dx_tile, weight_grad_tile
+
+
+def activation_backward(
+    dout: torch.Tensor,
+    z: torch.Tensor,
+    w_down: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    score: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    activation: str,
+    gate_up_layout: str,
+    need_dz: bool,
+    need_dscore: bool,
+    need_scaled_a: bool,
+    overwrite_z: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """As `sonicmoe.backends.reference.activation_backward`; rows behind ``plan.offsets[E]`` of dz and scaled_a stay unwritten.
+
+    Args:
+        dout: (T, H) bfloat16 or float16, H a multiple of 8, contiguous and aligned to 16 bytes like every tensor here.
+        z: (R, Z), dout's dtype.
+        w_down: (E, H, I), dout's dtype; either of its last two dimensions may be the contiguous one.
+        b_down: (E, H) or None.
+        score: (R,) per slot, floating point.
+        overwrite_z: dz may take z's memory, which is not needed any more.
+
+    Raises:
+        TypeError, ValueError: a tensor that the kernels cannot take as they are, in one sentence, before any work.
+    """
+    gated = is_gated(activation)
+    rows, width = z.shape
+    columns = width // 2 if gated else width
+    weights = score.float()
+    if not (need_dz or need_dscore):
+        scaled_a = weights[plan.row_to_slot].unsqueeze(1) * activate(z.float(), activation, gate_up_layout) if need_scaled_a else None
+        return None, None, None if scaled_a is None else scaled_a.to(z.dtype)
+    stored, transposed = as_stored("w_down", w_down)
+    check_matrices(dout=dout, z=z, w_down=stored, b_down=b_down)
+    check_gathered(dout=dout)
+    cute_runtime.check_launch(
+        alignment=4, dout=dout, score=weights, offsets=plan.offsets, row_to_token=plan.row_to_token, row_to_slot=plan.row_to_slot
+    )
+    tile = activation_backward_tile(rows=rows, experts=w_down.shape[0])
+    dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
+    scaled_a = z.new_empty(rows, columns) if need_scaled_a else None
+    partial = weights.new_empty(-(-columns // tile.n), rows) if need_dscore else None
+    dscore = torch.empty_like(weights) if need_dscore else None
+    if rows == 0:
+        return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
+    kernel = _kernel(
+        variants.activation_backward(
+            tile=tile,
+            dtype=DTYPES[dout.dtype],
+            activation=activation,
+            interleaved=gated and gate_up_layout == "interleaved",
+            dz=need_dz,
+            dscore=need_dscore,
+            scaled_a=need_scaled_a,
+            transposed=transposed,
+        )
+    )
+    with cute_runtime.on_device(dout.device):
+        kernel(
+            dout,
+            stored,
+            z,
+            weights,
+            plan.offsets,
+            plan.row_to_token,
+            plan.row_to_slot,
+            dz,
+            scaled_a,
+            partial,
+            blocks(dout.device),
+        )
+        if need_dscore:
+            bias = b_down is not None
+            bias_arguments = (dout, b_down, plan.offsets, plan.row_to_token) if bias else (None, None, None, None)
+            _kernel(variants.score_grad(dtype=DTYPES[dout.dtype], bias=bias))(partial, plan.slot_to_row, *bias_arguments, dscore)
+    return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
+
+
+def down_weight_grad(
+    dout: torch.Tensor,
+    scaled_a: torch.Tensor | None,
+    score: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    need_weight: bool,
+    need_bias: bool,
+    add_to: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `sonicmoe.backends.reference.down_weight_grad`: dout (T, H), scaled_a (R, I) -> dw_down (E, H, I), db_down (E, H)."""
+    weight = _weight_grad(dout, scaled_a, plan, transposed=False, add_to=add_to) if need_weight else None
+    bias = _bias_grad(dout, plan, score.float()) if need_bias else None
+    return weight, bias
+
+
+def up_weight_grad(
+    x: torch.Tensor | None,
+    dz: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    need_weight: bool,
+    need_bias: bool,
+    add_to: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `sonicmoe.backends.reference.up_weight_grad`: x (T, H), dz (R, Z) -> dw_up (E, Z, H), db_up (E, Z)."""
+    weight = _weight_grad(x, dz, plan, transposed=True, add_to=add_to) if need_weight else None
+    bias = _bias_grad(dz, plan, None) if need_bias else None
+    return weight, bias
+
+
+def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+    """As `sonicmoe.backends.reference.dx_rows`: dz (R, Z), w_up (E, Z, H) -> (R, H); rows behind ``plan.offsets[E]`` stay unwritten."""
+    stored, transposed = as_stored("w_up", w_up)
+    check_matrices(dz=dz, w_up=stored)
+    cute_runtime.check_launch(alignment=4, dz=dz, offsets=plan.offsets)
+    rows, reduced = dz.shape
+    out = dz.new_empty(rows, w_up.shape[2])
+    if rows == 0:
+        return out
+    tile = dx_tile(rows=rows, experts=w_up.shape[0], reduced=reduced)
+    with cute_runtime.on_device(dz.device):
+        _kernel(variants.dx_rows(tile=tile, dtype=DTYPES[dz.dtype], transposed=transposed))(
+            dz, stored, plan.offsets, out, blocks(dz.device)
+        )
+    return out
+
+
+def _weight_grad(
+    tokens: torch.Tensor, rows: torch.Tensor, plan: DispatchPlan, *, transposed: bool, add_to: torch.Tensor | None
+) -> torch.Tensor | None:
+    """(E, M, N) of tokens (T, M) and rows (R, N), or (E, N, M) if ``transposed``; None where it was added to ``add_to``."""
+    check_matrices(tokens=tokens, rows=rows)
+    check_gathered(tokens=tokens)
+    cute_runtime.check_launch(tokens=tokens, add_to=add_to)
+    cute_runtime.check_launch(alignment=4, tokens=tokens, offsets=plan.offsets, row_to_token=plan.row_to_token)
+    width, columns = tokens.shape[1], rows.shape[1]
+    shape = (plan.num_experts, *((columns, width) if transposed else (width, columns)))
+    if add_to is not None and (add_to.dtype != torch.float32 or add_to.shape != shape):
+        raise ValueError(f"add_to: shape {tuple(add_to.shape)} in {add_to.dtype}: must be {shape} in torch.float32")
+    if rows.shape[0] == 0:
+        return tokens.new_zeros(shape) if add_to is None else None
+    out = tokens.new_empty(shape) if add_to is None else add_to
+    variant = variants.weight_grad(tile=weight_grad_tile(), dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
+    with cute_runtime.on_device(tokens.device):
+        _kernel(variant)(tokens, rows, plan.offsets, plan.row_to_token, out, blocks(tokens.device))
+    return out if add_to is None else None
+
+
+def _bias_grad(rows: torch.Tensor, plan: DispatchPlan, score: torch.Tensor | None) -> torch.Tensor:
+    """(E, W): the experts' sums of rows (R, W), or of score times the tokens' rows (T, W)."""
+    check_matrices(rows=rows)
+    out = rows.new_empty(plan.num_experts, rows.shape[1])
+    if plan.row_to_token.shape[0] == 0:
+        return out.zero_()
+    gathered = score is not None
+    indices = (plan.row_to_token, plan.row_to_slot, score) if gathered else (None, None, None)
+    with cute_runtime.on_device(rows.device):
+        _kernel(variants.bias_grad(dtype=DTYPES[rows.dtype], gathered=gathered))(rows, plan.offsets, *indices, out)
+    return out
+
+
+@functools.cache
+def _kernel(variant: Variant) -> Callable[..., None]:
+    return cute_runtime.load(variant)

@@ -1,0 +1,107 @@
+"""The backward's kernels on an sm_90 GPU: values against float64 element by element, tails, bits."""
+
+import pytest
+import torch
+
+from sonicmoe.backends import hopper_backward
+from sonicmoe.tests.backward_cases import Case, check_activation_backward, check_added_weight_grads, check_dx_rows, check_weight_grads
+
+pytestmark = pytest.mark.gpu
+
+COUNTS = {
+    "one full tile": (192, 256, 192, [128]),
+    "empty, one row, tails": (136, 72, 100, [5, 0, 130, 64, 1, 300, 128, 0]),
+    "all rows in one expert": (512, 264, 700, [0, 1000, 0]),
+    "smallest sizes": (8, 8, 9, [3, 0, 9]),
+    "more experts than lanes": (200, 328, 333, [(7 * e) % 200 for e in range(70)]),
+    "more tiles than blocks": (1024, 520, 900, [700, 60, 900]),
+    "no row": (64, 64, 4, [0, 0]),
+}
+"""H, I, T and the experts' rows."""
+
+VARIANTS = [
+    ("swiglu", "interleaved", False, torch.bfloat16),
+    ("swiglu", "concatenated", True, torch.bfloat16),
+    ("geglu", "interleaved", True, torch.float16),
+    ("swiglu_oai", "interleaved", True, torch.bfloat16),
+    ("reglu", "concatenated", False, torch.float16),
+    ("gelu", "interleaved", False, torch.bfloat16),
+    ("relu_squared", "interleaved", True, torch.bfloat16),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every tensor that the host halves make is NaN until written."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+
+
+def assert_same_bits(first, second, rows):
+    for one, other in zip(first, second, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one[:rows], other[:rows])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("activation", "layout", "bias", "dtype"), VARIANTS)
+def test_activation_backward_matches_float64(counts, activation, layout, bias, dtype):
+    case = Case(*COUNTS[counts], dtype=dtype, activation=activation, layout=layout, bias=bias)
+    first, second = (check_activation_backward(case, hopper_backward.activation_backward) for _ in range(2))
+    assert_same_bits(first[::2], second[::2], case.rows)
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+def test_dz_may_take_the_memory_of_z(layout):
+    case = Case(136, 328, 100, [5, 0, 130, 64, 1, 300, 128, 0], dtype=torch.bfloat16, layout=layout)
+    apart, over = (check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=over) for over in (False, True))
+    assert_same_bits(apart[::2], over[::2], case.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_may_be_stored_with_their_last_dimensions_exchanged(dtype):
+    case = Case(136, 72, 100, [5, 0, 130, 64, 1, 300, 128, 0], dtype=dtype, transposed=True)
+    check_activation_backward(case, hopper_backward.activation_backward)
+    check_dx_rows(case, hopper_backward.dx_rows)
+
+
+@pytest.mark.parametrize("needs", ["need_dz", "need_dscore", "need_scaled_a"])
+def test_what_is_not_needed_is_not_made(needs):
+    case = Case(136, 72, 100, [5, 0, 130, 64], dtype=torch.bfloat16)
+    alone = {name: name == needs for name in ("need_dz", "need_dscore", "need_scaled_a")}
+    if needs != "need_scaled_a":
+        check_activation_backward(case, hopper_backward.activation_backward, **alone)
+    else:
+        dz, dscore, scaled_a = hopper_backward.activation_backward(
+            case.dout, case.z, None, None, case.score, case.plan, activation="swiglu", gate_up_layout="interleaved", **alone
+        )
+        want = check_activation_backward(case, hopper_backward.activation_backward)[2]
+        assert dz is dscore is None
+        torch.testing.assert_close(scaled_a[: case.rows], want[: case.rows], rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("activation", "bias", "dtype"), [("swiglu", True, torch.bfloat16), ("relu", False, torch.float16)])
+def test_weight_gradients_match_float64(counts, activation, bias, dtype):
+    case = Case(*COUNTS[counts], dtype=dtype, activation=activation)
+    operations = hopper_backward.down_weight_grad, hopper_backward.up_weight_grad
+    first, second = (check_weight_grads(case, *operations, bias=bias) for _ in range(2))
+    assert_same_bits(first, second, None)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("activation", "dtype"), [("swiglu", torch.bfloat16), ("relu", torch.float16)])
+def test_weight_gradients_are_added_to_float32_buffers(counts, activation, dtype):
+    case = Case(*COUNTS[counts], dtype=dtype, activation=activation)
+    check_added_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dx_rows_match_float64(counts, dtype):
+    case = Case(*COUNTS[counts], dtype=dtype)
+    first, second = (check_dx_rows(case, hopper_backward.dx_rows) for _ in range(2))
+    assert torch.equal(first[: case.rows], second[: case.rows])

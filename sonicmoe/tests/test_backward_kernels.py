@@ -1,0 +1,128 @@
+"""The backward's kernels and those of weights stored the other way round, emulated: values against float64, tails, bits in every order.
+
+What is emulated is compiled for sm_90a; the same compilation is read for registers and spills.
+"""
+
+import pytest
+import torch
+
+import cute_runtime
+from cute_runtime import emulator
+from sonicmoe.activations import activate
+from sonicmoe.backends import hopper, hopper_backward
+from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import BROAD, TALL, TILES, WIDE
+from sonicmoe.tests.backward_cases import (
+    Case,
+    assert_near,
+    check_activation_backward,
+    check_added_weight_grads,
+    check_dx_rows,
+    check_weight_grads,
+)
+
+SIZES = (136, 72, 100, [5, 1, 0, 200, 64, 0, 130])
+"""H, I, T and the experts' rows: none, one, a whole block of 64, tails; H and I end within a stage and a tile."""
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every tensor that the host halves make is NaN until written."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+
+
+def in_every_order(check):
+    """The results of ``check()`` for each seed; they must have the same bits, NaN where nothing is written included."""
+    results = []
+    for seed in SEEDS:
+        with emulator.emulation(seed=seed) as launches:
+            results.append([tensor for tensor in check() if tensor is not None])
+        assert launches
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def make_case(**options):
+    return Case(*SIZES, dtype=torch.bfloat16, device="cpu", **options)
+
+
+@pytest.mark.parametrize("overwrite_z", [False, True])
+def test_activation_backward_matches_float64(overwrite_z):
+    case = make_case(bias=True)
+    in_every_order(lambda: check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=overwrite_z))
+
+
+def test_weight_and_bias_gradients_match_float64():
+    case = make_case()
+    in_every_order(lambda: check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=True))
+
+
+def test_weight_gradients_are_added_to_float32_buffers():
+    case = make_case()
+    with emulator.emulation():
+        check_added_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad)
+
+
+def test_dx_rows_match_float64():
+    case = make_case()
+    in_every_order(lambda: [check_dx_rows(case, hopper_backward.dx_rows)])
+
+
+def test_forward_takes_interleaved_weights_stored_with_their_last_dimensions_exchanged():
+    """As transformers keeps gpt-oss's."""
+    case = make_case(activation="swiglu_oai", transposed=True)
+    b_up = case.randn(len(case.counts), case.width)
+
+    def check():
+        a, z = hopper.up_projection(case.x, case.w_up, b_up, case.plan, activation="swiglu_oai", gate_up_layout="interleaved", store_z=True)
+        for expert, own, tokens, _ in case.experts():
+            want = case.x[tokens].double() @ case.w_up[expert].double().mT + b_up[expert].double()
+            assert_near(z[own], want, f"z of expert {expert}")
+            assert_near(a[own], activate(want, "swiglu_oai", "interleaved"), f"a of expert {expert}")
+        assert z[case.rows :].isnan().all()
+        assert a[case.rows :].isnan().all()
+        return a, z
+
+    in_every_order(check)
+
+
+PRODUCTS = [
+    variants.activation_backward(tile=WIDE, dtype="bfloat16", activation="swiglu", interleaved=True, dz=True, dscore=True, scaled_a=True),
+    variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=False),
+    variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True),
+    variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True, add=True),
+    variants.dx_rows(tile=TALL, dtype="bfloat16"),
+    variants.up_projection(
+        tile=TALL, dtype="bfloat16", activation="swiglu_oai", interleaved=True, store_z=True, bias=True, transposed=True
+    ),
+]
+"""Of what the tests above emulate, the kernels with products."""
+
+
+@pytest.mark.parametrize("variant", PRODUCTS, ids=lambda variant: variant.name)
+def test_products_run_on_wgmma_without_local_memory_and_registers_fit_a_block(variant):
+    (function,) = cute_runtime.read_resources(emulator.compiled(variant).object)
+    assert not function.uses_local_memory
+    assert function.hgmma >= 4
+    assert function.registers * TILES[variant.params["tile"]].threads <= 65536
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [variants.score_grad(dtype="bfloat16", bias=True), variants.bias_grad(dtype="bfloat16", gathered=True)],
+    ids=lambda variant: variant.name,
+)
+def test_sums_use_no_local_memory(variant):
+    (function,) = cute_runtime.read_resources(emulator.compiled(variant).object)
+    assert not function.uses_local_memory
+
+
+def test_a_reduction_over_rows_takes_no_ping_pong():
+    row_reduction = pytest.importorskip("sonicmoe.kernels.row_reduction", reason="the compiler is not installed")
+    with pytest.raises(ValueError, match=f"^{BROAD.name}: a reduction over rows .* takes no ping-pong"):
+        row_reduction.RowReduction(tile=BROAD, dtype=None, epilogue=None)
