@@ -20,12 +20,12 @@ _NOTHING = contextlib.nullcontext()
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its library
 
 
-def operator(name: str) -> Callable[[Callable], Callable]:
+def operator(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Turn a function with type hints into a call of the operator ``name`` ("namespace::operator"), which then stands in its place.
 
-    The body runs on every device, below autograd, and must neither change nor return an argument, nor return two views of one
-    memory. :func:`fake` adds what it returns for tensors without data, :func:`differentiable` a gradient; the operator itself is the
-    function's attribute ``op``.
+    The body runs on every device, below autograd, and must neither change an argument, but those that ``changes`` names, nor return
+    one, nor return two views of one memory. :func:`fake` adds what it returns for tensors without data, :func:`differentiable` a
+    gradient; the operator itself is the function's attribute ``op``.
 
     In eager mode, where nothing looks at operators, the function calls its body itself: PyTorch's dispatcher takes longer for a body
     in Python than a launch does. Tracing, dispatch modes, functorch's transforms and subclasses of tensors get the operator.
@@ -36,7 +36,7 @@ def operator(name: str) -> Callable[[Callable], Callable]:
     def register(body: Callable) -> Callable:
         namespace, _, base = name.partition("::")
         library = torch.library.Library(namespace, "FRAGMENT")
-        library.define(base + torch.library.infer_schema(body, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(base + torch.library.infer_schema(body, mutates_args=changes), tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(base, body, "CompositeExplicitAutograd")
         _libraries.append(library)
         op = getattr(getattr(torch.ops, namespace), base).default

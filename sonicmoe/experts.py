@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import dispatch
-from dispatch.operators import fake, needs_gradient, not_differentiable, operator, without_autocast
+from dispatch.operators import fake, is_direct, needs_gradient, not_differentiable, operator, without_autocast
 from routing import Routing
 from sonicmoe import backends, validation
 from sonicmoe.activations import is_gated
@@ -32,6 +32,7 @@ def routed_experts(
     activation: str = "swiglu",
     gate_up_layout: str = "interleaved",
     backend: str = "auto",
+    main_grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """Send every token to its experts and sum what they return, weighted by the routing's scores.
 
@@ -46,6 +47,8 @@ def routed_experts(
             swiglu_oai is gpt-oss's, see `sonicmoe.activations`.
         gate_up_layout: "interleaved": rows 2i of w_up are gate and 2i + 1 up; "concatenated": the first I rows are gate.
         backend: "auto", "hopper" or "reference"; see `sonicmoe.backends.resolve`.
+        main_grads: float32 buffers in the shapes of w_up and w_down, or None. Backward adds such a weight's gradient to its buffer,
+            in float32 and without a copy of it in x's dtype, and autograd gets none for the weight.
 
     Returns:
         (T, H) in x's dtype; differentiable once in x, weights, biases and ``routing.score``.
@@ -56,11 +59,13 @@ def routed_experts(
         ValueError, TypeError: an argument's shape, dtype, device or value, in one sentence, before any work.
     """
     validation.check_experts(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
+    if main_grads != (None, None):
+        validation.check_main_grads(w_up, w_down, *main_grads)
     differentiable = (x, w_up, w_down, b_up, b_down, routing.score)
     indices = (routing.token_index, routing.expert_index, routing.slots_per_token)
     options = (activation, gate_up_layout, backends.resolve(backend, x.device, x.dtype))
     if torch.is_grad_enabled() and needs_gradient(differentiable):
-        return _RoutedExperts.apply(*differentiable, indices, options)
+        return _RoutedExperts.apply(*differentiable, indices, options, main_grads)
     return _forward(*differentiable, *indices, *options, False)[0]
 
 
@@ -82,10 +87,14 @@ class _Needs(NamedTuple):
     def z(self) -> bool:
         return self.dz or self.w_down or self.score
 
+    def without(self, main_up: torch.Tensor | None, main_down: torch.Tensor | None) -> "_Needs":
+        """What is left to return where weights' gradients are added to buffers."""
+        return self._replace(w_up=self.w_up and main_up is None, w_down=self.w_down and main_down is None)
+
 
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_up, w_down, b_up, b_down, score, indices, options):
+    def forward(ctx, x, w_up, w_down, b_up, b_down, score, indices, options, main_grads):
         needs = _Needs(*ctx.needs_input_grad[:6])
         out, plan, *z = _forward(x, w_up, w_down, b_up, b_down, score, *indices, *options, True, store_z=needs.z)
         ctx.save_for_backward(
@@ -97,14 +106,29 @@ class _RoutedExperts(torch.autograd.Function):
             score,
             plan,
         )
-        ctx.sizes, ctx.options = (x.shape[0], w_up.shape[0], indices[2]), options
+        ctx.sizes, ctx.options, ctx.main_grads = (x.shape[0], w_up.shape[0], indices[2]), options, main_grads
         return out
 
     @staticmethod
     def backward(ctx, dout):
         needs = _Needs(*ctx.needs_input_grad[:6])
-        gradients = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, list(needs)))
-        return *(next(gradients) if needed else None for needed in needs), None, None
+        arguments = (dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, list(needs))
+        if is_direct(arguments) and not (torch.is_grad_enabled() or _graph_is_kept()):
+            return *_gradients(*arguments, *ctx.main_grads, overwrite_z=True), None, None, None
+        if ctx.main_grads == (None, None):
+            gradients = iter(_backward(*arguments))
+        elif torch.is_grad_enabled():
+            raise NotImplementedError("routed_experts: second derivatives (create_graph=True) are not available with main_grads")
+        else:
+            added = _backward_adding(*arguments, *ctx.main_grads)
+            needs = needs.without(*ctx.main_grads)
+            gradients = (gradient for gradient, needed in zip(added, needs, strict=True) if needed)
+        return *(next(gradients) if needed else None for needed in needs), None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs may run again (retain_graph=True), so that what was saved must stay as it is."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @operator("sonicmoe::routed_experts")
@@ -150,6 +174,47 @@ def _(x, w_up, w_down, b_up, b_down, score, token_index, expert_index, slots_per
     return results
 
 
+def _gradients(
+    dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, num_experts, slots_per_token, activation, gate_up_layout, backend,
+    needs, main_up=None, main_down=None, overwrite_z=False,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """The body of the two operators below, whose arguments these are: all gradients in the order of _Needs, None where there is none.
+
+    With ``overwrite_z`` dz takes z's memory: beside the gradients there are then never more than one (R, Z) and one (R, H), or
+    an (R, Z) and an (R, I).
+    """
+    plan = dispatch.unpack(packed, score.shape[0], num_tokens, num_experts, slots_per_token)
+    need = _Needs(*needs)
+    operations = backends.load(backend)
+    dx = dw_up = dw_down = db_up = db_down = dscore = dz = scaled_a = None
+    with without_autocast(dout.device):
+        if need.z:
+            dz, dscore, scaled_a = operations.activation_backward(
+                dout,
+                z,
+                w_down,
+                b_down,
+                score,
+                plan,
+                activation=activation,
+                gate_up_layout=gate_up_layout,
+                need_dz=need.dz,
+                need_dscore=need.score,
+                need_scaled_a=need.w_down,
+                overwrite_z=overwrite_z,
+            )
+        if need.w_down or need.b_down:
+            dw_down, db_down = operations.down_weight_grad(
+                dout, scaled_a, score, plan, need_weight=need.w_down, need_bias=need.b_down, add_to=main_down
+            )
+            scaled_a = None  # its memory is free for the rows of dx
+        if need.w_up or need.b_up:
+            dw_up, db_up = operations.up_weight_grad(x, dz, plan, need_weight=need.w_up, need_bias=need.b_up, add_to=main_up)
+        if need.x:
+            dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan, backend=backend)
+    return dx, dw_up, dw_down, db_up, db_down, dscore
+
+
 @operator("sonicmoe::routed_experts_backward")
 def _backward(
     dout: torch.Tensor,
@@ -169,39 +234,12 @@ def _backward(
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """The gradients that ``needs`` (see _Needs) asks for, in its order. Inputs that they do not depend on may be None."""
-    plan = dispatch.unpack(packed, score.shape[0], num_tokens, num_experts, slots_per_token)
-    need = _Needs(*needs)
-    operations = backends.load(backend)
-    dx = dw_up = dw_down = db_up = db_down = dscore = dz = scaled_a = None
-    with without_autocast(dout.device):
-        if need.z:
-            dz, row_dscore, scaled_a = operations.activation_backward(
-                dout,
-                z,
-                w_down,
-                b_down,
-                score,
-                plan,
-                activation=activation,
-                gate_up_layout=gate_up_layout,
-                need_dz=need.dz,
-                need_dscore=need.score,
-                need_scaled_a=need.w_down,
-            )
-        if need.score:
-            dscore = torch.where(plan.slot_to_row >= 0, row_dscore[plan.slot_to_row.clamp(min=0)], 0)
-        if need.w_down or need.b_down:
-            dw_down, db_down = operations.down_weight_grad(dout, scaled_a, score, plan, need_weight=need.w_down, need_bias=need.b_down)
-        if need.w_up or need.b_up:
-            dw_up, db_up = operations.up_weight_grad(x, dz, plan, need_weight=need.w_up, need_bias=need.b_up)
-        if need.x:
-            dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan, backend=backend)
-    gradients = (dx, dw_up, dw_down, db_up, db_down, dscore)
-    return [gradient for gradient, needed in zip(gradients, need, strict=True) if needed]
+    return [gradient for gradient, needed in zip(_gradients(**locals()), needs, strict=True) if needed]
 
 
-@fake(_backward)
-def _(dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, experts, slots_per_token, activation, layout, backend, needs):
+def _fake_gradients(
+    dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, experts, slots_per_token, activation, layout, backend, needs
+):
     hidden_size = dout.shape[1]
     up_rows = 0 if z is None else z.shape[1]
     intermediate_size = up_rows // 2 if is_gated(activation) else up_rows
@@ -212,8 +250,48 @@ def _(dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, experts, slot
         (experts, up_rows),
         (experts, hidden_size),
     )
-    gradients = [dout.new_empty(shape) for shape, needed in zip(shapes, needs, strict=False) if needed]
-    return [*gradients, torch.empty_like(score)] if needs[5] else gradients
+    return *(dout.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)), (
+        torch.empty_like(score) if needs[5] else None
+    )
+
+
+@fake(_backward)
+def _(*arguments):
+    return [gradient for gradient in _fake_gradients(*arguments) if gradient is not None]
 
 
 not_differentiable(_backward, "routed_experts")
+
+
+@operator("sonicmoe::routed_experts_backward_adding", changes=("main_up", "main_down"))
+def _backward_adding(
+    dout: torch.Tensor,
+    z: torch.Tensor | None,
+    x: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    w_down: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    score: torch.Tensor,
+    packed: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    activation: str,
+    gate_up_layout: str,
+    backend: str,
+    needs: list[bool],
+    main_up: torch.Tensor | None,
+    main_down: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _backward, but a weight's gradient is added to its float32 buffer, where it has one.
+
+    All six are returned, without elements where there is none: torch.compile takes no list from an operator that changes an argument.
+    """
+    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in _gradients(**locals()))
+
+
+@fake(_backward_adding)
+def _(*arguments):
+    *arguments, needs, main_up, main_down = arguments
+    gradients = _fake_gradients(*arguments, _Needs(*needs).without(main_up, main_down))
+    return tuple(arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -48,6 +48,8 @@ class MoE(nn.Module):
             the attribute ``router_config``.
         selection_bias: whether the router has a bias that takes part in the choice of experts only.
         backend: "auto", "hopper" or "reference".
+        main_grads: whether backward adds the gradients of w_up and w_down to these parameters' attribute ``main_grad``, a float32
+            tensor of the same shape that the trainer provides, and leaves their ``grad`` alone; see `routed_experts`.
         device, dtype: of the parameters, as in any `torch.nn.Module`.
 
     Attributes:
@@ -73,6 +75,7 @@ class MoE(nn.Module):
         router: RouterConfig | None = None,
         selection_bias: bool = False,
         backend: str = "auto",
+        main_grads: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,7 +91,7 @@ class MoE(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.activation, self.gate_up_layout = activation, gate_up_layout
-        self.router_config, self.backend = router, backend
+        self.router_config, self.backend, self.main_grads = router, backend, main_grads
         make = {"device": device, "dtype": dtype}
         up_rows = intermediate_size * (2 if is_gated(activation) else 1)
         self.router = Router(hidden_size, num_experts, selection_bias=selection_bias, **make)
@@ -138,11 +141,22 @@ class MoE(nn.Module):
                 activation=self.activation,
                 gate_up_layout=self.gate_up_layout,
                 backend=self.backend,
+                main_grads=self._main_grads() if self.main_grads else (None, None),
             )
             if x.dim() != 2:
                 # Not a view, as reshape's result would be: FSDP2 hooks the output, and an in-place operation on a view drops the hooks.
                 out = torch.ops.aten._unsafe_view(out, x.shape)
             return (out, self._router_output(logits, routing)) if return_router else out
+
+    def _main_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The buffers of the weights that need a gradient now."""
+        found = []
+        for name, weight in (("w_up", self.w_up), ("w_down", self.w_down)):
+            needed = torch.is_grad_enabled() and weight.requires_grad
+            if needed and getattr(weight, "main_grad", None) is None:
+                raise ValueError(f"{name} has no main_grad: must be a float32 tensor of the weight's shape with main_grads=True")
+            found.append(weight.main_grad if needed else None)
+        return tuple(found)
 
     def _router_output(self, logits: torch.Tensor, routing: Routing) -> RouterOutput:
         balance = load_balance_loss(logits, routing, scoring=self.router_config.scoring)

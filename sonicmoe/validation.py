@@ -64,6 +64,24 @@ def check_experts(
         _refuse(x, w_up, w_down, routing, b_up, b_down, activation, gate_up_layout, backend)
 
 
+def check_main_grads(w_up: torch.Tensor, w_down: torch.Tensor, main_up: torch.Tensor | None, main_down: torch.Tensor | None) -> None:
+    """The buffers that `routed_experts` adds the weights' gradients to. Raises ValueError or TypeError."""
+    for name, weight, main in (("w_up", w_up, main_up), ("w_down", w_down, main_down)):
+        if main is None:
+            continue
+        what = f"main_grads: {name}'s has"
+        if weight.dtype == torch.float64:
+            raise TypeError(f"main_grads: {name} has dtype {weight.dtype}: must be at most float32, as its buffer is")
+        if main.dtype != torch.float32:
+            raise TypeError(f"{what} dtype {main.dtype}: must be torch.float32")
+        if main.shape != weight.shape:
+            raise ValueError(f"{what} shape {tuple(main.shape)}: must be the weight's {tuple(weight.shape)}")
+        if main.device != weight.device:
+            raise ValueError(f"{what} device {main.device}: must be the weight's {weight.device}")
+        if not main.is_contiguous() or main.requires_grad:
+            raise ValueError(f"{what} strides {main.stride()}, requires_grad={main.requires_grad}: must be contiguous, without a gradient")
+
+
 def _is_sound(
     x: torch.Tensor,
     w_up: torch.Tensor,

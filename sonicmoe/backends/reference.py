@@ -72,6 +72,7 @@ def activation_backward(
     need_dz: bool,
     need_dscore: bool,
     need_scaled_a: bool,
+    overwrite_z: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Back through score, down-projection and activation, with a recomputed from z.
 
@@ -84,16 +85,17 @@ def activation_backward(
         w_down: (E, H, I); None is allowed where neither dz nor dscore is needed, and costs no product.
         b_down: (E, H) or None.
         score: (R,) per slot.
+        overwrite_z: dz may take z's memory, which is not needed any more.
 
     Returns:
-        dz (R, Z), dscore (R,) per row in score's dtype, scaled_a (R, I); None for what is not needed.
+        dz (R, Z), dscore (R,) per slot in score's dtype, zero for a sentinel, scaled_a (R, I); None for what is not needed.
     """
     rows, wide = z.shape[0], accumulation_dtype(z.dtype)
-    dz = torch.empty_like(z) if need_dz else None
-    dscore = score.new_empty(rows) if need_dscore else None
+    dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
+    row_dscore = score.new_empty(rows) if need_dscore else None
     scaled_a = z.new_empty(rows, z.shape[1] // 2 if is_gated(activation) else z.shape[1]) if need_scaled_a else None
     for expert, own in _expert_rows(plan):
-        wide_z = z[own].to(wide)
+        wide_z = z[own].to(wide, copy=overwrite_z)
         row_score = score[plan.row_to_slot[own]].to(wide).unsqueeze(1)
         if need_dscore or need_scaled_a:
             a = activate(wide_z, activation, gate_up_layout)
@@ -103,48 +105,66 @@ def activation_backward(
         if need_dz:
             dz[own] = activation_gradient(wide_z, row_score * da, activation, gate_up_layout)
         if need_dscore:
-            dscore[own] = (da * a).sum(1).to(score.dtype)
+            row_dscore[own] = (da * a).sum(1).to(score.dtype)
             if b_down is not None:
-                dscore[own] += own_dout.to(wide) @ b_down[expert].to(wide)
+                row_dscore[own] += own_dout.to(wide) @ b_down[expert].to(wide)
         if need_scaled_a:
             scaled_a[own] = row_score * a
+    dscore = torch.where(plan.slot_to_row >= 0, row_dscore[plan.slot_to_row.clamp(min=0)], 0) if need_dscore else None
     return dz, dscore, scaled_a
 
 
 def down_weight_grad(
-    dout: torch.Tensor, scaled_a: torch.Tensor | None, score: torch.Tensor, plan: DispatchPlan, *, need_weight: bool, need_bias: bool
+    dout: torch.Tensor,
+    scaled_a: torch.Tensor | None,
+    score: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    need_weight: bool,
+    need_bias: bool,
+    add_to: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``dw_down[e] = dout[row_to_token].T @ scaled_a`` (E, H, I) and ``db_down[e]``, the sum of score * dout (E, H).
 
-    Reduces over each expert's rows; zeros for an expert without rows; None for what is not needed.
+    Reduces over each expert's rows; zeros for an expert without rows; None for what is not needed. With ``add_to``, a float32 (E, H, I),
+    the weight's gradient is added there, not rounded before, and None is returned in its place.
     """
     experts, wide = plan.num_experts, accumulation_dtype(dout.dtype)
-    weight = dout.new_zeros(experts, dout.shape[1], scaled_a.shape[1]) if need_weight else None
+    weight = dout.new_zeros(experts, dout.shape[1], scaled_a.shape[1]) if need_weight and add_to is None else add_to
     bias = dout.new_zeros(experts, dout.shape[1]) if need_bias else None
     for expert, own in _expert_rows(plan):
         own_dout = dout[plan.row_to_token[own]]
         if need_weight:
-            weight[expert] = matmul(own_dout.mT, scaled_a[own])
+            gradient = matmul(own_dout.mT, scaled_a[own])
+            weight[expert] = gradient if add_to is None else add_to[expert] + gradient
         if need_bias:
             bias[expert] = score[plan.row_to_slot[own]].to(wide) @ own_dout.to(wide)
-    return weight, bias
+    return weight if add_to is None else None, bias
 
 
 def up_weight_grad(
-    x: torch.Tensor | None, dz: torch.Tensor, plan: DispatchPlan, *, need_weight: bool, need_bias: bool
+    x: torch.Tensor | None,
+    dz: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    need_weight: bool,
+    need_bias: bool,
+    add_to: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``dw_up[e] = dz.T @ x[row_to_token]`` (E, Z, H) and ``db_up[e]``, the sum of dz (E, Z).
 
-    Reduces over each expert's rows; zeros for an expert without rows; None for what is not needed.
+    Reduces over each expert's rows; zeros for an expert without rows; None for what is not needed. With ``add_to``, a float32 (E, Z, H),
+    the weight's gradient is added there, not rounded before, and None is returned in its place.
     """
-    weight = dz.new_zeros(plan.num_experts, dz.shape[1], x.shape[1]) if need_weight else None
+    weight = dz.new_zeros(plan.num_experts, dz.shape[1], x.shape[1]) if need_weight and add_to is None else add_to
     bias = dz.new_zeros(plan.num_experts, dz.shape[1]) if need_bias else None
     for expert, own in _expert_rows(plan):
         if need_weight:
-            weight[expert] = matmul(dz[own].mT, x[plan.row_to_token[own]])
+            gradient = matmul(dz[own].mT, x[plan.row_to_token[own]])
+            weight[expert] = gradient if add_to is None else add_to[expert] + gradient
         if need_bias:
             bias[expert] = dz[own].sum(0, dtype=accumulation_dtype(dz.dtype))
-    return weight, bias
+    return weight if add_to is None else None, bias
 
 
 def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
