@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 TOKENS_PER_BLOCK = 128
-_PER_TOKEN = ("o", "dx")
+_PER_TOKEN = ("o", "dx", "dscore")
 _PER_EXPERT = ("dw_up", "dw_down", "db_up", "db_down", "drouter")
 TENSORS = (*_PER_TOKEN, *_PER_EXPERT)
 
@@ -35,7 +35,7 @@ class Threshold(NamedTuple):
 
 
 def blocks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The blocks that are judged one by one: 128 rows of o and dx, one expert (first dimension) of everything else."""
+    """The blocks that are judged one by one: 128 rows of o, dx and dscore, one expert (first dimension) of everything else."""
     if name not in TENSORS:
         raise ValueError(f"name={name!r}: must be one of {', '.join(TENSORS)}")
     return iter(tensor.split(TOKENS_PER_BLOCK if name in _PER_TOKEN else 1)) if tensor.numel() else iter(())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from routing import RouterConfig, wasted_row_ratio
-from sonicmoe import accuracy, cases, timing
+from sonicmoe import accuracy, cases, memory, timing
 from sonicmoe.activations import is_gated
 from sonicmoe.cases import Case
 from sonicmoe.moe import MoE
@@ -199,28 +199,12 @@ def time_trials(problem: Problem, trials: Iterable[Case], **measure_options) -> 
 def saved_mib(layer: MoE, case: Case) -> float:
     """MiB that a forward pass keeps for backward beyond its input and its parameters."""
     x = case.x.detach().requires_grad_()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters(), *layer.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(x)
-    del out
-    return sum(kept.values()) / 2**20
+    return memory.saved_mib(lambda: layer(x), (x, *layer.parameters(), *layer.buffers()))
 
 
 def peak_mib(layer: MoE, case: Case) -> float | None:
     """MiB allocated at the peak of forward + backward, weights and gradients included; None where it cannot be measured."""
-    if case.x.device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(case.x.device)
-    cases.run(layer, case)
-    return torch.cuda.max_memory_allocated(case.x.device) / 2**20
+    return memory.peak_mib(lambda: cases.run(layer, case), case.x.device)
 
 
 def _read(path: str) -> str:

@@ -8,11 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sonicmoe.thiek import Thiek
+if TYPE_CHECKING:  # a peer's process loads this file by its path, and must not import this package
+    from sonicmoe.thiek import Thiek
 
 
 class Timing(NamedTuple):
@@ -110,12 +111,12 @@ def tflops(flops: float, ms: float) -> float:
     return flops / (ms * 1e9) if ms > 0 else math.nan
 
 
-def bound_rows(thiek: Thiek) -> int:
+def bound_rows(thiek: "Thiek") -> int:
     """Rows of each expert in the GEMM bound, T*K/E rounded up, at least 1."""
     return max(1, -(-thiek.rows // thiek.E))
 
 
-def gemm_bound_variants(thiek: Thiek, *, dtype: torch.dtype, device: torch.device | str, gated: bool = True) -> dict[str, Variant]:
+def gemm_bound_variants(thiek: "Thiek", *, dtype: torch.dtype, device: torch.device | str, gated: bool = True) -> dict[str, Variant]:
     """The yardstick: the layer's products alone, as batched products with equal experts, on normally distributed data.
 
     Returns:

@@ -1,18 +1,34 @@
 """``sonicmoe bench``: judge and time one layer."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sonicmoe.benchmark import Problem
 
 DESCRIPTION = """Judge one MoE layer against the float64 oracle, then time it in inference, forward, forward+backward and backward next
-to the GEMM bound, its products alone. Normally distributed data. Exit code 1 where an error is above its threshold."""
+to the GEMM bound, its products alone. Normally distributed data. Exit code 1 where an error is above its threshold. With --peers
+other implementations of the experts run beside this one on the same weights, inputs and routing, each in a process of its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from sonicmoe.commands import problem
+    from sonicmoe.peers import PEERS
 
     parser.description = DESCRIPTION
     problem.add_arguments(parser, required=True)
     parser.add_argument("--trials", type=int, default=1, metavar="N", help="times with fresh tokens and router (default: 1)")
     parser.add_argument("--skip-test", action="store_true", help="time only")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help=f"compare with these, of {', '.join(PEERS)}; without a name with all (not the router)"
+    )
+    parser.add_argument(
+        "--peer-path",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a folder, or several separated as in PATH, that holds a peer and what it needs; may be given for several peers",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -28,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.trials < 1:
         raise ValueError(f"trials={args.trials}: must be at least 1 to be timed")
     problem = options.read(args, what="timed")
+    if args.peers is not None or args.peer_path:
+        return _run_peers(args, problem)
     benchmark.check(problem, test=not args.skip_test)
     described = environment.describe(str(problem.device))
     console = Console(stderr=args.json)
@@ -63,3 +81,51 @@ def run(args: argparse.Namespace) -> int:
         console.print(tables.rows_table(rows))
         console.print(f"saved for backward, beyond inputs and parameters: {memory['saved_mib']:.1f} MiB", highlight=False)
     return 1 if judged and judged.failures else 0
+
+
+def _run_peers(args: argparse.Namespace, problem: "Problem") -> int:
+    """Returns 0, or 1 where this library fails or has an error above its threshold; what peers do is shown, not judged."""
+    from rich.console import Console
+
+    from sonicmoe import accuracy, benchmark, environment
+    from sonicmoe.cases import DTYPES
+    from sonicmoe.commands import tables
+    from sonicmoe.peers import PEERS, compare
+
+    if args.peers is None:
+        raise ValueError("peer-path: needs --peers")
+    if args.trials != 1:
+        raise ValueError(f"trials={args.trials}: must be 1 with --peers")
+    paths = {}
+    for text in args.peer_path:
+        name, equals, path = text.partition("=")
+        if not (equals and path):
+            raise ValueError(f"peer-path={text!r}: must be NAME=FOLDER")
+        paths[name] = path
+    names = args.peers or list(PEERS)
+    compare.check_names(names, paths)
+    benchmark.check(problem, test=not args.skip_test)
+    described = environment.describe(str(problem.device))
+    console = Console(stderr=args.json)
+    if not args.json:
+        console.print(tables.title(problem, described), highlight=False)
+    with tables.progress() as bar:
+        task = bar.add_task("drawing the problem", total=len(names) + 2)
+        results = compare.compare(
+            problem,
+            names,
+            paths,
+            test=not args.skip_test,
+            started=lambda title: bar.update(task, advance=1, description=title),
+        )
+    cells = [cell for result in results for cell in compare.mode_cells(problem, result)]
+    ours = results[0]
+    errors = {name: error for name, error in ours.get("errors", {}).items() if not name.startswith("o ")}
+    failures = accuracy.failures(errors, accuracy.THRESHOLDS[DTYPES[args.dtype]])
+    if args.json:
+        tables.print_json(described, cells)
+    else:
+        tables.print_peers(console, cells)
+        for failure in failures:
+            console.print(f"{ours['name']}: {failure}", style="red", markup=False, highlight=False)
+    return 1 if failures or ours["status"] != "ran" else 0

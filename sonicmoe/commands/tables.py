@@ -66,6 +66,38 @@ def input_table(cells: list[dict[str, Any]]) -> Table:
     return table
 
 
+def print_peers(console: Console, cells: list[dict[str, Any]]) -> None:
+    """One line for each implementation and mode; then what did not run, and why."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=140)
+    table = Table(title="Side by side", title_justify="left")
+    left = ("implementation", "mode", "largest error")
+    for column in ("implementation", "mode", "ms", "spread", "TFLOPS", "GEMM bound ms", "ratio", "saved MiB", "peak MiB", "largest error"):
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    for cell in cells:
+        if cell["status"] != "ran":
+            continue
+        sizes = ((math.inf if error["whole"] is None else error["whole"], name) for name, error in cell["errors"].items())
+        largest = max(sizes, default=None)
+        table.add_row(
+            cell["peer"],
+            cell["mode"],
+            f"{cell['ms']:.3f}",
+            f"{cell['ms_spread']:.3f}",
+            f"{cell['tflops']:.3g}",
+            f"{cell['bound_ms']:.3f}",
+            f"{cell['ratio']:.2f}",
+            *("" if cell[key] is None else f"{cell[key]:,.1f}" for key in ("saved_mib", "peak_mib")),
+            "" if largest is None else f"{largest[0]:.2e} {largest[1].removesuffix(' inference')}",
+        )
+    console.print(table)
+    for cell in cells:
+        if cell["status"] != "ran":
+            console.print(f"{cell['peer']}: {cell['why']}", style="yellow", markup=False, highlight=False)
+    text = "experts without the router, on the same weights, inputs and routing; the bound is timed in each one's own process"
+    console.print(text, style="dim", highlight=False)
+
+
 def rows_table(rows: Rows) -> Table:
     means = rows.means()
     table = Table(title=f"Rows at tile_m {rows.tile_m}", title_justify="left")

@@ -1,0 +1,175 @@
+"""`sonicmoe bench --peers`: every adapter hands over the same problem and gives results back in our layout; none is silently dropped."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from routing import RouterConfig
+from sonicmoe import accuracy, benchmark, cli
+from sonicmoe.peers import OURS, PEERS, compare, worker
+from sonicmoe.tests import fake_peers
+from sonicmoe.thiek import Thiek
+
+QUICK = {"warmup_s": 0.0, "measure_s": 0.0, "min_repeats": 2}
+SIZES = Thiek(70, 24, 16, 6, 2)
+ADAPTERS = {"ours": OURS, **PEERS}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """The optional peers' stand-ins, in this process."""
+    for name, module in fake_peers.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(compare, "EFFORT", QUICK)
+
+
+def problem_of(**options):
+    router = options.pop("router", RouterConfig(k=SIZES.K))
+    return benchmark.Problem(SIZES, router, torch.device("cpu"), backend="reference", seed=4, **options)
+
+
+def run(tmp_path, name, problem):
+    """One adapter in this process: its result and its errors."""
+    compare.prepare(problem, 1, tmp_path)
+    request = compare.request_of(problem, ADAPTERS[name], test=True)
+    result = worker.run(tmp_path, json.loads(json.dumps(request)))
+    return result, compare.Judge(problem, tmp_path).errors(tmp_path / "outputs.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ours", {"bias": True}),
+        ("grouped_mm", {"bias": True, "activation": "geglu"}),
+        ("grouped_mm", {"activation": "relu_squared", "dtype": "fp16"}),
+        ("grouped_mm", {"gate_up_layout": "concatenated", "router": RouterConfig(k=2, method="token_rounding", tile_m=16, mode="nearest")}),
+        ("sonic-moe", {"bias": True, "gate_up_layout": "concatenated"}),
+        ("sonic-moe", {"activation": "relu_squared"}),
+        ("scattermoe", {"bias": True, "activation": "reglu"}),
+        ("scattermoe", {"activation": "gelu"}),
+        ("megablocks", {}),
+        ("megablocks", {"activation": "silu"}),
+    ],
+    ids=str,
+)
+def test_values_and_gradients_come_back_in_our_layout(tmp_path, name, options):
+    problem = problem_of(**options)
+    result, errors = run(tmp_path, name, problem)
+    biases = {"db_up", "db_down"} if problem.bias else set()
+    assert errors.keys() == {"o inference", "o", "dx", "dw_up", "dw_down", "dscore"} | biases
+    # Peers round their scores to the inputs' dtype, and accumulate the biases' gradients in it.
+    assert all(error.whole < 1.6e-2 for error in errors.values()), errors
+    assert result["times"].keys() == {"inference", "forward", "forward+backward", "bound forward", "bound forward+backward"}
+    assert all(time["ms"] > 0 for time in result["times"].values())
+
+
+def test_saved_memory_is_what_the_layer_keeps_beyond_its_inputs(tmp_path):
+    ours, peer = (run(tmp_path, name, problem_of())[0]["saved_mib"] for name in ("ours", "grouped_mm"))
+    rows, z = SIZES.T * SIZES.K, 2 * SIZES.I
+    assert rows * z * 2 / 2**20 < ours < rows * (z * 2 + 40) / 2**20  # z, and indices
+    assert peer > rows * (SIZES.H + z + SIZES.I + SIZES.H) * 2 / 2**20  # the rows of x, z, a and y
+
+
+def test_a_wrong_peer_shows_its_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_peers, "_interleaved", lambda z, activation: torch.nn.functional.silu(z[:, 1::2]) * z[:, 0::2])
+    _, errors = run(tmp_path, "sonic-moe", problem_of())
+    assert errors["o"].whole > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("scattermoe", {"router": RouterConfig(k=2, method="token_rounding", tile_m=16)}, "must give every token the same number"),
+        ("megablocks", {"bias": True}, "bias: MegaBlocks has none"),
+        ("sonic-moe", {"activation": "swiglu_oai"}, "activation='swiglu_oai': sonic-moe has"),
+        ("grouped_mm", {"activation": "swiglu_oai"}, "activation='swiglu_oai': must be one of"),
+    ],
+)
+def test_what_a_peer_does_not_take_is_said_in_one_sentence(tmp_path, name, options, why):
+    with pytest.raises(ValueError, match=why):
+        run(tmp_path, name, problem_of(**options))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders as --peer-path takes them: sonic-moe, whose package has our name, and a ScatterMoE that breaks."""
+    for package in ("sonic/sonicmoe/functional", "scatter/scattermoe"):
+        (tmp_path / package).mkdir(parents=True)
+    shutil.copy(Path(fake_peers.__file__), tmp_path / "sonic" / "fake_peers.py")
+    for module in ("__init__", "functional/__init__", "count_cumsum", "enums"):
+        text = "from fake_peers import *\nfrom fake_peers import _DownProjection, _UpProjection\n"
+        (tmp_path / "sonic" / "sonicmoe" / f"{module}.py").write_text(text)
+    (tmp_path / "scatter" / "scattermoe" / "__init__.py").write_text("raise OSError('no triton here\\nsecond line')\n")
+    return {"sonic-moe": str(tmp_path / "sonic"), "scattermoe": str(tmp_path / "scatter")}
+
+
+def test_processes_of_their_own_beside_what_is_missing_and_what_fails(folders, capsys, monkeypatch):
+    monkeypatch.setitem(PEERS, "megablocks", PEERS["megablocks"]._replace(package="megablocks.not_here"))
+    paths = [option for name, path in folders.items() for option in ("--peer-path", f"{name}={path}")]
+    code = cli.main(["bench", "--peers", *list(PEERS)[1:], "--thiek", str(SIZES), "--device", "cpu", "--seed", "4", *paths, "--json"])
+    assert code == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    modes = ["inference", "forward", "forward+backward"]
+    assert [(cell["peer"], cell["mode"], cell["status"]) for cell in cells] == [
+        *(("this library", mode, "ran") for mode in modes),
+        *(("sonic-moe", mode, "ran") for mode in modes),
+        ("ScatterMoE", None, "failed"),
+        ("MegaBlocks", None, "not installed"),
+    ]
+    assert cells[-2]["why"] == "OSError: no triton here"
+    assert cells[-1]["why"] == "not installed: package megablocks.not_here, github.com/databricks/megablocks"
+    for cell in cells[:-2]:
+        assert cell["ratio"] == pytest.approx(cell["bound_ms"] / cell["ms"])
+        assert cell["tflops"] == pytest.approx((18 if cell["mode"] == modes[2] else 6) * 140 * 24 * 16 / (cell["ms"] * 1e9))
+        assert all(error["whole"] < 1.6e-2 for error in cell["errors"].values())
+    assert [cell["errors"].keys() for cell in cells[3:6]] == [
+        {"o inference"},
+        {"o"},
+        {"o", "dx", "dw_up", "dw_down", "dscore"},
+    ]
+
+
+def test_the_table_shows_every_peer_and_our_failure_is_the_exit_code(capsys, monkeypatch):
+    good = {"status": "ran", "saved_mib": 1.0, "peak_mib": 2048.0, "rows": 140}
+    variants = (*compare.MODES, "bound forward", "bound forward+backward")
+    good["times"] = {name: {"ms": 2.0, "ms_spread": 0.1, "repeats": 5} for name in variants}
+    answers = [
+        {**good, "name": "this library", "errors": {"o": accuracy.Error(1.0, 1.0, 1.0)}},
+        {"name": "MegaBlocks", "status": "failed", "why": "its process ended with exit status -11"},
+    ]
+    monkeypatch.setattr(compare, "compare", lambda *arguments, **options: answers)
+    assert cli.main(["bench", "--peers", "megablocks", "--thiek", str(SIZES), "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    for word in ("this library", "2,048.0", "1.00e+00 o", "MegaBlocks: its process ended with exit status -11", "o whole 1.00e+00"):
+        assert word in printed
+
+
+def test_a_process_that_dies_or_hangs_is_a_line_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "WORKER", tmp_path / "worker.py")
+    (tmp_path / "worker.py").write_text("import os, sys\nprint('about to break', flush=True)\nos.abort()\n")
+    assert compare.run_worker(tmp_path, None) == {"status": "failed", "why": "its process ended with exit status -6: about to break"}
+    (tmp_path / "worker.py").write_text("import time\ntime.sleep(60)\n")
+    assert compare.run_worker(tmp_path, None, timeout_s=0.2)["why"] == "took longer than 0.2 s and was stopped"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "tutel"], "peers='tutel': must be one of grouped_mm, sonic-moe, scattermoe, megablocks"),
+        (["--peers", "--peer-path", "scattermoe"], "peer-path='scattermoe': must be NAME=FOLDER"),
+        (["--peers", "--peer-path", "scattermoe=/nowhere"], "peer-path=scattermoe=/nowhere: /nowhere is not a folder"),
+        (["--peers", "--peer-path", "scattermoe=."], "peer-path=scattermoe=.: must hold the package scattermoe"),
+        (["--peer-path", "scattermoe=."], "peer-path: needs --peers"),
+        (["--peers", "--trials", "2"], "trials=2: must be 1 with --peers"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--thiek", str(SIZES), "--device", "cpu", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
