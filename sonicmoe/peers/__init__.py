@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 
 class Peer(NamedTuple):
-    """One peer: what tables call it, its adapter here, the package that it needs, and where that comes from."""
+    """One peer: what tables call it, its adapter here, the package that it needs beside torch, and where that comes from."""
 
     title: str
     adapter: str
@@ -27,9 +27,9 @@ class Peer(NamedTuple):
     source: str
 
 
-OURS = Peer("this library", "ours", "sonicmoe", "this repository")
+OURS = Peer("this library", "ours", "", "")
 PEERS = {
-    "grouped_mm": Peer("torch grouped_mm", "grouped_mm", "torch", "PyTorch"),
+    "grouped_mm": Peer("torch grouped_mm", "grouped_mm", "", ""),
     "sonic-moe": Peer("sonic-moe", "sonic_moe", "sonicmoe.functional", "github.com/Dao-AILab/sonic-moe"),
     "scattermoe": Peer("ScatterMoE", "scattermoe", "scattermoe", "github.com/shawntan/scattermoe"),
     "megablocks": Peer("MegaBlocks", "megablocks", "megablocks", "github.com/databricks/megablocks"),

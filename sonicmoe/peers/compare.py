@@ -6,6 +6,7 @@ T tokens, H hidden size, E experts, K experts per token, R routed rows.
 """
 
 import importlib.machinery
+import importlib.util
 import json
 import math
 import os
@@ -42,7 +43,7 @@ def check_names(names: Sequence[str], paths: Mapping[str, str]) -> None:
         missing = [folder for folder in path.split(os.pathsep) if not Path(folder).is_dir()]
         if missing:
             raise ValueError(f"peer-path={name}={path}: {missing[0]} is not a folder")
-        if not holds(PEERS[name].package, path.split(os.pathsep)):
+        if PEERS[name].package and not holds(PEERS[name].package, path.split(os.pathsep)):
             raise ValueError(f"peer-path={name}={path}: must hold the package {PEERS[name].package}")
 
 
@@ -59,7 +60,7 @@ def holds(package: str, folders: Sequence[str]) -> bool:
 
 def not_installed(peer: Peer, path: str | None) -> str:
     """Why a peer cannot run here, empty where it can."""
-    if path is not None or holds(peer.package, sys.path):
+    if path is not None or not peer.package or importlib.util.find_spec(peer.package):
         return ""
     if peer.package.partition(".")[0] == "sonicmoe":
         return f"not installed: {peer.source}; its package has this one's name, so its folder must be given with --peer-path"

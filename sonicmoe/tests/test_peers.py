@@ -108,7 +108,7 @@ def folders(tmp_path):
 
 
 def test_processes_of_their_own_beside_what_is_missing_and_what_fails(folders, capsys, monkeypatch):
-    monkeypatch.setitem(PEERS, "megablocks", PEERS["megablocks"]._replace(package="megablocks.not_here"))
+    monkeypatch.setitem(PEERS, "megablocks", PEERS["megablocks"]._replace(package="megablocks_elsewhere"))
     paths = [option for name, path in folders.items() for option in ("--peer-path", f"{name}={path}")]
     code = cli.main(["bench", "--peers", *list(PEERS)[1:], "--thiek", str(SIZES), "--device", "cpu", "--seed", "4", *paths, "--json"])
     assert code == 0
@@ -121,7 +121,7 @@ def test_processes_of_their_own_beside_what_is_missing_and_what_fails(folders, c
         ("MegaBlocks", None, "not installed"),
     ]
     assert cells[-2]["why"] == "OSError: no triton here"
-    assert cells[-1]["why"] == "not installed: package megablocks.not_here, github.com/databricks/megablocks"
+    assert cells[-1]["why"] == "not installed: package megablocks_elsewhere, github.com/databricks/megablocks"
     for cell in cells[:-2]:
         assert cell["ratio"] == pytest.approx(cell["bound_ms"] / cell["ms"])
         assert cell["tflops"] == pytest.approx((18 if cell["mode"] == modes[2] else 6) * 140 * 24 * 16 / (cell["ms"] * 1e9))
