@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from testing import transformers_layers
+from testing.matrix import history
 from testing.matrix.report import machine_text, thiek_text
 from testing.matrix.results import write_atomically
 
@@ -49,16 +50,8 @@ def newest(folder: Path, select: Callable[[dict[str, Any]], list[dict[str, Any]]
     Raises:
         ValueError: a file is not a recorded result.
     """
-    found: dict[tuple[str, float], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("device", "date", "cells"):
-            if key not in result:
-                raise ValueError(f"{path}: {key} is missing: must be a result that one of the project's commands has written")
-        key = str(result["device"]), float(result.get("power_limit_w") or 0)
-        if select(result) and (key not in found or found[key]["date"] < result["date"]):
-            found[key] = result
-    return [found[key] for key in sorted(found)]
+    found = {history.machine_of(result): result for result in history.recorded(folder) if select(result)}
+    return [found[machine] for machine in sorted(found)]
 
 
 def _table(result: dict[str, Any]) -> str:

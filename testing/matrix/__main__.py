@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from testing.matrix import gate, plan, ratchet, report, report_html, runner
+from testing.matrix import gate, history, plan, ratchet, report, report_html, runner
 from testing.matrix.cells import DEFAULT_MATRIX, Matrix, Profile, load_matrix
 from testing.matrix.located import MatrixError
 from testing.matrix.results import FAILED, find_results, read_recorded, write_atomically, write_result
@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--profile", default="auto", help="cpu, hopper or auto: by whether there is an sm_90 GPU (default: %(default)s)"
         )
+    for command in (run, decide):
+        default = DEFAULT_MATRIX.parent / "results"
+        command.add_argument(
+            "--history", type=Path, default=default, metavar="DIR", help="recorded results to compare with (testing/results)"
+        )
     for command in (planner, run):
         command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
     for command in (planner, run, decide, tester, tighten):
@@ -105,7 +110,7 @@ def _run(arguments: argparse.Namespace, matrix: Matrix) -> int:
     setup = runner.default_setup(matrix, machine.profile, machine.device)
     result = runner.run_shard(matrix, machine.profile, options, setup, environment.describe())
     passed = all(cell["status"] != FAILED for cell in result["cells"])
-    _write_reports(arguments.out, matrix, result, passed, stem=f"shard-{index}-of-{count}" if count > 1 else "report")
+    _write_reports(arguments, matrix, result, passed, stem=f"shard-{index}-of-{count}" if count > 1 else "report")
     _show(arguments, matrix, result, passed)
     if not arguments.json:
         print(f"results and report: {arguments.out}")
@@ -117,7 +122,7 @@ def _gate(arguments: argparse.Namespace, matrix: Matrix) -> int:
     merged = {**verdict.merged, "gate": "passed" if verdict.passed else "failed", "reasons": verdict.reasons}
     if arguments.out is not None:
         write_result(arguments.out / "merged.json", merged)
-        _write_reports(arguments.out, matrix, merged, verdict.passed, stem="report")
+        _write_reports(arguments, matrix, merged, verdict.passed, stem="report")
     _show(arguments, matrix, merged, verdict.passed)
     return OK if verdict.passed else GATE_FAILED
 
@@ -170,9 +175,14 @@ def _ratchet(arguments: argparse.Namespace, matrix: Matrix) -> int:
     return OK
 
 
-def _write_reports(out: Path, matrix: Matrix, result: dict[str, Any], passed: bool, *, stem: str) -> None:
-    write_atomically(out / f"{stem}.html", report_html.html(matrix, result, passed=passed))
-    write_atomically(out / f"{stem}.md", report.markdown(matrix, result, passed=passed))
+def _write_reports(arguments: argparse.Namespace, matrix: Matrix, result: dict[str, Any], passed: bool, *, stem: str) -> None:
+    out = arguments.out
+    try:
+        records = history.recorded(arguments.history)
+    except ValueError as error:
+        raise MatrixError(str(error)) from None
+    write_atomically(out / f"{stem}.html", report_html.html(matrix, result, passed=passed, records=records))
+    write_atomically(out / f"{stem}.md", report.markdown(matrix, result, passed=passed, records=records))
 
 
 def _show(arguments: argparse.Namespace, matrix: Matrix, result: dict[str, Any], passed: bool) -> None:

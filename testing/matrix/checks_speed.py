@@ -3,12 +3,14 @@
 T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 """
 
+import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sonicmoe import routed_experts, router, timing
+from sonicmoe import memory, routed_experts, router, timing
 from testing.matrix.cells import SpeedCell
 from testing.matrix.checks_layer import DTYPES
 from testing.matrix.operation_times import operation_times
@@ -31,18 +33,24 @@ def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") 
 
     weights = [normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)]
     dout = normal(T, H).detach()
+
+    def forward(x: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
+        return routed_experts(x, *weights, route(router.router_logits(x, router_weight), K, cell.routing, None, seed))
+
+    def fresh_tokens() -> list[torch.Tensor]:
+        return [normal(T, H), normal(E, H, scale=H**-0.5)]
+
+    def run(tokens: list[torch.Tensor]) -> None:
+        o = forward(*tokens)
+        if cell.mode == "forward+backward":
+            torch.autograd.grad(o, [*tokens, *weights], dout)
+
+    used = _memory(forward, run, fresh_tokens(), weights, trains=trains, device=device)
     bound_name = BOUND[cell.mode]
     bound = timing.gemm_bound_variants(cell.thiek, dtype=dtype, device=device)[bound_name]
     trials: list[Trial] = []
     while needs_more_trials(trials, rule):
-        tokens = [normal(T, H), normal(E, H, scale=H**-0.5)]
-
-        def layer(_: object, tokens: list[torch.Tensor] = tokens) -> None:
-            x, router_weight = tokens
-            o = routed_experts(x, *weights, route(router.router_logits(x, router_weight), K, cell.routing, None, seed))
-            if cell.mode == "forward+backward":
-                torch.autograd.grad(o, [*tokens, *weights], dout)
-
+        layer = functools.partial(_ignoring, run, fresh_tokens())
         with torch.set_grad_enabled(trains):
             # The first trial warms the clock up; the others only their own tokens.
             effort = {"warmup_s": 0.02 if trials else 0.3, "measure_s": 0.1}
@@ -50,7 +58,27 @@ def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") 
             trials.append(Trial(times["layer"].ms, times[bound_name].ms, _time_operations(layer, device)))
     summary = summarize(trials)
     flops = timing.model_flops(cell.thiek.rows, H, I, gated=True)[cell.mode]
-    return {**summary, "tflops": timing.tflops(flops, summary["ms"])}
+    return {**summary, **used, "tflops": timing.tflops(flops, summary["ms"])}
+
+
+def _ignoring(run: Callable[[list[torch.Tensor]], None], tokens: list[torch.Tensor], _: object) -> None:
+    run(tokens)
+
+
+def _memory(
+    forward: Callable[..., torch.Tensor],
+    run: Callable[[list[torch.Tensor]], None],
+    tokens: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    *,
+    trains: bool,
+    device: str,
+) -> dict[str, float]:
+    """What the mode keeps for backward beyond inputs and parameters, and on a GPU its peak, all tensors included."""
+    used = {"saved_mib": memory.saved_mib(lambda: forward(*tokens), [*tokens, *weights])} if trains else {}
+    with torch.set_grad_enabled(trains):
+        peak = memory.peak_mib(lambda: run(tokens), torch.device(device))
+    return used if peak is None else {**used, "peak_mib": round(peak)}
 
 
 def _time_operations(layer: Any, device: str) -> dict[str, float]:

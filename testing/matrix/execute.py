@@ -34,12 +34,14 @@ def prepare(matrix_path: Path, profile_name: str, device: str) -> Work:
 def run_cell(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:
     """Measure one cell. An exception is a result too: the cell fails with its type and message."""
     started = time.perf_counter()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         measured = _run(cell, profile, seed, device, rule)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         measured = {"crash": f"{type(error).__name__}: {lines[0]}", "traceback": traceback.format_exc(limit=-8)}
-    return {**measured, "seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device))}
+    return {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device)), **measured}
 
 
 def _run(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _as_dicts(checks: Any) -> list[dict[str, Any]]:
 
 
 def _peak_mib(device: str) -> float:
-    """Device memory where there is a device, else the largest resident size of this worker so far."""
+    """Device memory of the cell where there is a device, else the largest resident size of this worker so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,11 +1,13 @@
 """Results as people read them: a table for the terminal and Markdown for a job summary. (report_html has the page.)"""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from testing.matrix import history
 from testing.matrix.cells import LayerCell, Matrix
 from testing.matrix.gate import MISSING
 from testing.matrix.judge import worst_share
@@ -120,8 +122,8 @@ def _by_reason(result: dict[str, Any], status: str) -> dict[str, list[str]]:
     return reasons
 
 
-def markdown(matrix: Matrix, result: dict[str, Any], *, passed: bool) -> str:
-    """The summary of a GitHub job: verdict, failures, one line per group, what was not run."""
+def markdown(matrix: Matrix, result: dict[str, Any], *, passed: bool, records: Sequence[dict[str, Any]] = ()) -> str:
+    """The summary of a GitHub job: verdict, failures, one line per group, speed beside the last record, what was not run."""
     share = shares(matrix, result)
     lines = [f"## Matrix: {headline(result, passed)}", "", machine_text(result), ""]
     broken = [cell for cell in result["cells"] if cell["status"] in (FAILED, MISSING)]
@@ -140,19 +142,26 @@ def markdown(matrix: Matrix, result: dict[str, Any], *, passed: bool) -> str:
             f"| {group} | {len(cells)} | {counts[PASSED]} | {counts[FAILED] + counts[MISSING]} | {counts[NOT_RUN] + counts[NO_FLOOR]} "
             f"| {share_text(worst)} | {sum(cell.get('seconds', 0) for cell in cells):.0f} |"
         )
-    speed = [cell for cell in result["cells"] if cell.get("ratio")]
-    if speed:
-        lines += ["", "| cell | T,H,I,E,K | ms | spread | TFLOPS | GEMM bound ms | ratio | floor |", "|---|---|--:|--:|--:|--:|--:|--:|"]
-        lines += [
-            f"| {cell['name']} | {thiek_text(cell['thiek'])} | {cell['ms']:.3f} | {cell['ms_spread']:.3f} | {cell['tflops']:.0f} "
-            f"| {cell['bound_ms']:.3f} | {ratio_text(cell)} | {floor_text(matrix, result, cell)} |"
-            for cell in speed
-        ]
+    lines += _speed_lines(matrix, result, history.of_cells(list(records), result))
     for reason, names in not_run(result).items():
         lines += ["", f"Not run, {reason}: {', '.join(names)}."]
     for reason, names in no_floor(result).items():
         lines += ["", f"Speed not judged, {reason}: {', '.join(names)}."]
     return "\n".join(lines) + "\n"
+
+
+def _speed_lines(matrix: Matrix, result: dict[str, Any], past: dict[str, list[history.Entry]]) -> list[str]:
+    speed = [cell for cell in result["cells"] if cell.get("ratio")]
+    if not speed:
+        return []
+    columns = ("ms", "spread", "TFLOPS", "GEMM bound ms", "ratio", "floor", "last record", "saved MiB", "peak MiB")
+    lines = ["", f"| cell | T,H,I,E,K | {' | '.join(columns)} |", f"|---|---|{'--:|' * len(columns)}"]
+    for cell in speed:
+        numbers = [f"{cell['ms']:.3f}", f"{cell['ms_spread']:.3f}", f"{cell['tflops']:.0f}", f"{cell['bound_ms']:.3f}", ratio_text(cell)]
+        numbers += [floor_text(matrix, result, cell), history.change_text(past.get(cell["name"], []), cell["ratio"])]
+        numbers += [f"{cell[key]:.0f}" if cell.get(key) is not None else "" for key in ("saved_mib", "peak_mib")]
+        lines.append(f"| {cell['name']} | {thiek_text(cell['thiek'])} | {' | '.join(numbers)} |")
+    return lines
 
 
 def ratio_text(cell: dict[str, Any]) -> str:

@@ -5,11 +5,12 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from testing.matrix import report, report_html
+from testing.matrix import history, report, report_html, roofline
+from testing.matrix.cells import load_matrix
 from testing.matrix.describe import describe
 from testing.tests import small_matrix
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -61,7 +62,7 @@ def test_the_page_is_whole_loads_nothing_and_names_every_cell(matrix, result):
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "url(" not in text
     assert "http" not in text
-    words = " ".join(page.words)
+    words = "".join(page.words)
     for cell in matrix.cells:
         assert cell.name in words
     for phrase in ("FAIL", "dx worst_block is not finite <b>", "no result has this cell", "needs an sm_90 GPU", "1024,768,256,8,2"):
@@ -113,3 +114,88 @@ def test_the_terminal_table_lists_what_ran_and_says_what_was_not_run(matrix, res
     ran_at = ",".join(map(str, result["cells"][0]["thiek_experts"]))
     assert ran_at != "1024,768,256,8,2"
     assert ran_at in text
+
+
+H100 = {"device": "NVIDIA H100 80GB HBM3", "power_limit_w": 700.0, "commit": "c" * 40}
+
+
+@pytest.fixture
+def timed(matrix, result):
+    """The result with its speed cell measured on an H100: 0.75 of the bound, its up-projection half as fast as the device allows."""
+    up_ms = 4 * 2048 * 768 * 256 / 350e9
+    kernels = {"up_projection": {"ms": up_ms, "ratio": 1.5, "ratio_spread": 0.0}}
+    speed = {"ms": 2.0, "ms_spread": 0.1, "tflops": 300.0, "bound_ms": 1.5, "ratio": 0.75, "ratio_spread": 0.0, "trials": 9}
+    cells = [*result["cells"][:-1], {**result["cells"][-1], **speed, "status": "no threshold yet", "passed": None, "kernels": kernels}]
+    cells[-1] |= {"why": "no recorded run has set its threshold", "saved_mib": 2.5, "peak_mib": 5000}
+    return {**result, **H100, "date": "2026-03-01", "cells": cells}
+
+
+def record(date, ratio, **machine):
+    cells = [{"name": "speed/fast/forward", "ratio": ratio, "ms": 1.0}, {"name": "layer/one", "errors": {}}]
+    return {**H100, "date": date, "cells": cells, **machine}
+
+
+def test_history_is_of_the_same_device_and_power_limit_and_not_the_run_itself(timed):
+    records = [
+        record("2026-01-01", 0.6),
+        record("2026-02-01", 0.8),
+        record("2026-02-02", 0.9, power_limit_w=350.0),
+        record("2026-02-03", 0.9, device="NVIDIA H200"),
+        record("2026-03-01", 0.75),
+    ]
+    past = history.of_cells(records, timed)
+    assert {name: [entry.ratio for entry in entries] for name, entries in past.items()} == {"speed/fast/forward": [0.6, 0.8]}
+    assert history.change_text(past["speed/fast/forward"], 0.75) == "0.800 (-6.2%) 2026-02-01"
+
+
+def test_the_page_has_speed_history_memory_and_roofline(matrix, timed):
+    records = [record("2026-01-01", 0.6), record("2026-02-01", 0.8)]
+    page = Page(report_html.html(matrix, timed, passed=True, records=records))
+    words = "".join(page.words)
+    for title in ("Ratio to the GEMM bound", "History", "Memory", "Roofline by kernel"):
+        assert title in words
+    assert "-6.2%" in words
+    assert "0.800, 2026-02-01, cccccccccccc" in words
+    assert "pre-activation alone" in words
+    assert "2.0" in page.words  # MiB of z: 2048 rows of 512 values of two bytes
+    assert "up_projection of speed/fast/forward: 350 TFLOPS at 146 FLOPs a byte, 80% of what the device can do there" in words
+    assert page.tags.count("circle") == 2  # the end of the history and one operation
+    assert page.tags.count("polyline") == 2
+
+
+def test_a_device_whose_limits_are_unknown_has_dots_but_no_roof(matrix, timed):
+    page = Page(report_html.html(matrix, {**timed, "device": "another GPU"}, passed=True))
+    assert "there is no line" in "".join(page.words)
+    assert "No run on this device and power limit is recorded" in "".join(page.words)
+    assert (page.tags.count("circle"), page.tags.count("polyline")) == (1, 0)
+
+
+def test_markdown_has_the_last_record_and_memory(matrix, timed):
+    text = report.markdown(matrix, timed, passed=True, records=[record("2026-02-01", 0.8)])
+    assert "| 0.750 ± 0.000 | none yet | 0.800 (-6.2%) 2026-02-01 | 2 | 5000 |" in text
+
+
+def test_the_three_loads_are_shown_with_their_modes_or_why_not():
+    matrix = load_matrix()
+    cells = [
+        {**describe(cell, matrix.profiles["cpu"]), "status": "not run", "passed": None, "why": "needs an sm_90 GPU"}
+        for cell in matrix.cells
+    ]
+    result = {"profile": "cpu", "seed": 3, "seconds": 4.0, "device": "test CPU", "versions": {}, "cells": cells}
+    words = "".join(Page(report_html.html(matrix, result, passed=True)).words)
+    for load in ("Standard", "High throughput", "More experts"):
+        assert f"{load}T,H,I,E,K = " in words
+    assert words.count("not run: needs an sm_90 GPU") == 9
+
+
+def test_work_of_the_operations_by_hand():
+    """Four rows of two experts, H = 8, I = 16; the last expert cannot have rows."""
+    work = roofline.operation_work([2, 8, 16, 5, 2], "forward+backward")
+    assert work["up_projection"] == (4 * 4 * 8 * 16, 2 * (2 * 8 + 4 * 32 * 8 + 4 * 16 + 4 * 32))
+    assert work["down_weight_grad"] == (2 * 4 * 8 * 16, 2 * (2 * 8 + 4 * 16 + 4 * 8 * 16))
+    products = [one.flops for name, one in work.items() if name != "gather_sum"]
+    assert sum(products) == 18 * 4 * 8 * 16
+    inference = roofline.operation_work([2, 8, 16, 5, 2], "inference")
+    assert set(inference) == {"up_projection", "down_projection", "gather_sum"}
+    assert inference["up_projection"].bytes == work["up_projection"].bytes - 2 * 4 * 32
+    assert roofline.Roof(700.0, 3.0).attainable(100.0) == pytest.approx(300.0)
