@@ -73,9 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (run, decide):
         default = DEFAULT_MATRIX.parent / "results"
-        command.add_argument(
-            "--history", type=Path, default=default, metavar="DIR", help="recorded results to compare with"
-        )
+        command.add_argument("--history", type=Path, default=default, metavar="DIR", help="recorded results to compare with")
     for command in (planner, run):
         command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
     for command in (planner, run, decide, tester, tighten):

@@ -136,7 +136,7 @@ class Profile:
     repeats: int
     """Runs of each layer that must give the same bits."""
     memory_gib: float
-    """All workers together."""
+    """All workers of one GPU together, or of the machine where there is none."""
     cell_timeout_s: float
 
 

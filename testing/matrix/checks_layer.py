@@ -122,10 +122,11 @@ def make_problem(cell: LayerCell, profile: Profile, seed: int, device: str) -> P
     """
     (T, H, I, E, K), spec = experts_problem(cell, profile.limits)
     dtype = DTYPES[cell.dtype]
-    generator = torch.Generator().manual_seed(seed)
+    # On the device: a layer of three billion weights would keep a core busy for half a minute.
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
 
     up_rows = I if cell.activation in UNGATED else 2 * I
     parameters = {"w_up": normal(E, up_rows, H, scale=H**-0.5), "w_down": normal(E, H, I, scale=I**-0.5)}

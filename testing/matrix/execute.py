@@ -1,5 +1,6 @@
 """What a worker does with a cell: run its checks on this machine's device and measure its time and memory."""
 
+import gc
 import os
 import resource
 import time
@@ -41,7 +42,11 @@ def run_cell(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         measured = {"crash": f"{type(error).__name__}: {lines[0]}", "traceback": traceback.format_exc(limit=-8)}
-    return {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device)), **measured}
+    used = {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device))}
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # other workers share the GPU: what this one keeps in store would be missing there
+    return {**used, **measured}
 
 
 def _run(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Nothing here looks at the machine, so that a plan made on one runner holds on al
 """
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,19 +24,41 @@ from testing.matrix.cells import (
 
 UNGATED = ("silu", "gelu", "relu", "relu_squared")
 
-# Seconds per unit on one CPU core, fitted to recorded runs of the cpu profile; only their proportions matter to a plan.
-_SECONDS_PER_CELL = 0.15
-_SECONDS_PER_LOGIT = 1.6e-7
-_SECONDS_PER_ROW = 6e-6
-_SECONDS_PER_FLOP = 5e-11
-_SECONDS_PER_WEIGHT = 8e-8
-_SECONDS_PER_ID = 2e-8
-_SECONDS_TO_COMPILE = 2.0
 
+class Costs(NamedTuple):
+    """What cells cost in a worker, in seconds for each unit, and in bytes of the profile's memory."""
+
+    cell: float
+    logit: float
+    """T*E of the routing, which is checked on the host at full size."""
+    row: float
+    """T*K of the routing, likewise."""
+    expert: float
+    """E of the experts' problem, which the oracle walks one by one."""
+    flop: float
+    """Of one forward and backward pass; the oracle counts as one more."""
+    weight: float
+    id: float
+    compilation: float
+    """Of count_cumsum by torch.compile."""
+    bytes_per_weight: int
+
+
+CPU = Costs(
+    cell=0.15, logit=1.6e-7, row=6e-6, expert=0.0, flop=5e-11, weight=8e-8, id=2e-8, compilation=2.0, bytes_per_weight=64
+)  # fmt: skip
+"""One core, fitted to recorded runs of the cpu profile."""
+HOPPER = Costs(
+    cell=0.6, logit=1.6e-7, row=6e-6, expert=5e-3, flop=2e-14, weight=5e-11, id=2e-8, compilation=10.0, bytes_per_weight=18
+)  # fmt: skip
+"""An H100 with a core for each worker, estimated: the host's checks as on a CPU, 50 TFLOPS for products (what float64 reaches, in
+which the oracle computes), 100 bytes moved for each weight, some 500 launches for each expert. docs/gate.md says what follows."""
+
+_START_S = 12.0
+"""Until a worker's first cell runs: imports, a context on the GPU, the matrix file."""
 _PROCESS_BYTES = 700 * 2**20
 _BYTES_PER_LOGIT = 100
 _BYTES_PER_ROW = 800
-_BYTES_PER_WEIGHT = 64
 
 
 class ExpertsProblem(NamedTuple):
@@ -98,24 +121,30 @@ def _choosable_experts(experts: int, routing: RoutingSpec, per_token: int) -> in
     return group * routing.num_groups
 
 
+def costs_of(profile: Profile) -> Costs:
+    return CPU if profile.name == "cpu" else HOPPER
+
+
 def cost_seconds(cell: Cell, profile: Profile) -> float:
-    """Estimated seconds of one cell on one core."""
+    """Estimated seconds of one cell in one worker."""
+    costs = costs_of(profile)
     if isinstance(cell, LayerCell):
         tokens, hidden, intermediate, experts, per_token = experts_problem(cell, profile.limits).thiek
         full = cell.thiek
         flops = 6 * weights_per_expert(cell, hidden, intermediate) * tokens * per_token
         return (
-            _SECONDS_PER_CELL
-            + _SECONDS_PER_LOGIT * full.T * full.E
-            + _SECONDS_PER_ROW * full.T * full.K
-            + _SECONDS_PER_FLOP * flops * (1 + (cell.repeats or profile.repeats))
-            + _SECONDS_PER_WEIGHT * experts * weights_per_expert(cell, hidden, intermediate)
+            costs.cell
+            + costs.logit * full.T * full.E
+            + costs.row * full.T * full.K
+            + costs.expert * experts
+            + costs.flop * flops * (1 + (cell.repeats or profile.repeats))
+            + costs.weight * experts * weights_per_expert(cell, hidden, intermediate)
         )
     if isinstance(cell, RoutingCell):
-        return _SECONDS_PER_CELL + 2 * _SECONDS_PER_LOGIT * cell.tokens * cell.experts + _SECONDS_PER_ROW * cell.tokens * cell.per_token
+        return costs.cell + 2 * costs.logit * cell.tokens * cell.experts + costs.row * cell.tokens * cell.per_token
     if isinstance(cell, CountCell):
         ids = sum(cell.lengths) + 10 * sum(2**power for power in cell.powers) + 3000 * cell.random_lengths
-        return _SECONDS_TO_COMPILE + 4 * _SECONDS_PER_ID * ids
+        return costs.compilation + 4 * costs.id * ids
     if isinstance(cell, SpeedCell):
         tokens, hidden, intermediate, _, per_token = cell.thiek
         return 4.0 + 3e-14 * 18 * tokens * per_token * hidden * intermediate
@@ -133,7 +162,29 @@ def memory_bytes(cell: Cell, profile: Profile) -> int:
         weights, rows, logits = 0, cell.tokens * cell.per_token, cell.tokens * cell.experts
     else:
         weights, rows, logits = 0, 2**21, 0
-    return int(_PROCESS_BYTES + _BYTES_PER_WEIGHT * weights + _BYTES_PER_ROW * rows + _BYTES_PER_LOGIT * logits)
+    return int(_PROCESS_BYTES + costs_of(profile).bytes_per_weight * weights + _BYTES_PER_ROW * rows + _BYTES_PER_LOGIT * logits)
+
+
+def estimated_wall_seconds(cells: Sequence[Cell], profile: Profile, *, workers: int) -> float:
+    """How long a run on one GPU should take: cells dearest first, each to the next free worker while memory lasts, then the speed cells.
+
+    The order is that of `pool.run_jobs`, the estimates are those above.
+    """
+    waiting = sorted((cell for cell in cells if not cell.needs_gpu), key=lambda cell: (-cost_seconds(cell, profile), cell.name))
+    memory, now = profile.memory_gib * 2**30, 0.0
+    running: list[tuple[float, int]] = []
+    while waiting or running:
+        free = memory - sum(needed for _, needed in running)
+        fits = [cell for cell in waiting if memory_bytes(cell, profile) <= free or not running]
+        if fits and len(running) < workers:
+            waiting.remove(fits[0])
+            running.append((now + cost_seconds(fits[0], profile), memory_bytes(fits[0], profile)))
+        else:
+            first = min(running)
+            running.remove(first)
+            now = first[0]
+    speed = sum(cost_seconds(cell, profile) for cell in cells if cell.needs_gpu)
+    return _START_S + now + (_START_S + speed if speed else 0.0)
 
 
 def profile_of(matrix: Matrix, name: str) -> Profile:

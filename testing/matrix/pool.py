@@ -5,15 +5,18 @@ its cell, which is reported with the reason, and is replaced; no other cell noti
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _CONTEXT = multiprocessing.get_context("spawn")
 Work = Callable[[str, int], dict[str, Any]]
 
@@ -47,7 +50,7 @@ class Finished:
 class _Worker:
     def __init__(self, setup: Callable[[], Work], environment: dict[str, str]) -> None:
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup, environment), daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, setup, environment, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
@@ -70,13 +73,22 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, setup: Callable[[], Work], environment: dict[str, str]) -> None:
+def _serve(connection: Connection, setup: Callable[[], Work], environment: dict[str, str], parent: int) -> None:
     """The worker's life. The environment is set before anything heavy is imported."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    _die_with(parent)
     os.environ.update(environment)
     work = setup()
     while (message := connection.recv()) is not None:
         connection.send(work(*message))
+
+
+def _die_with(parent: int) -> None:
+    """A killed run leaves no worker behind, which would hold the GPU while the resumed run times its speed cells there."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
 
 
 def run_jobs(
@@ -84,9 +96,11 @@ def run_jobs(
 ) -> Iterator[Started | Finished]:
     """Run jobs on one worker per environment, dearest first, and report each as it starts and ends.
 
-    A job starts when a worker is free and the estimates of all running jobs fit in `memory_bytes` together; one that
-    alone exceeds the memory runs alone. `setup` is called once in each worker and must be importable there.
+    A job starts when a worker is free and the estimates of all jobs that run on its GPU (on the machine, where there is none) fit in
+    `memory_bytes` together; one that alone exceeds the memory runs alone there. `setup` is called once in each worker and must be
+    importable there.
     """
+    gpus = [environment.get("CUDA_VISIBLE_DEVICES") for environment in environments]
     waiting = sorted(jobs, key=lambda job: (-job.cost_s, job.name))
     workers: list[_Worker | None] = [None] * min(len(environments), len(jobs))
     try:
@@ -95,7 +109,8 @@ def run_jobs(
                 worker = workers[index]
                 if worker is not None and worker.job is not None:
                     continue
-                job = _next_job(waiting, [other.job for other in workers if other and other.job], memory_bytes)
+                beside = [other.job for other, gpu in zip(workers, gpus, strict=False) if other and other.job and gpu == gpus[index]]
+                job = _next_job(waiting, beside, memory_bytes)
                 if job is None:
                     continue
                 waiting.remove(job)

@@ -19,6 +19,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
         if order == "exit":
             os._exit(7)
         if order == "hang":
+            told.with_suffix(".pid").write_text(str(os.getpid()))
             time.sleep(600)
     log = os.environ.get("MATRIX_TEST_LOG")
     if log:
@@ -29,6 +30,19 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
 def setup():
     return measure
+
+
+def note_gpu(name: str, seed: int) -> dict[str, Any]:
+    """Writes which GPU a cell had, and when it began and ended, to MATRIX_TEST_LOG."""
+    gpu, begin = os.environ.get("CUDA_VISIBLE_DEVICES"), time.monotonic()
+    time.sleep(0.05)
+    with open(os.environ["MATRIX_TEST_LOG"], "a", encoding="utf-8") as stream:
+        stream.write(f"{name} {gpu} {begin} {time.monotonic()} {os.getpid()}\n")
+    return {"checks": CHECKS, "errors": ERRORS}
+
+
+def setup_noting():
+    return note_gpu
 
 
 class Setup:

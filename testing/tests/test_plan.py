@@ -91,3 +91,24 @@ def test_cutting_a_rounded_cell_cuts_its_tile_and_nothing_else_of_its_routing(ma
     cell = cell_named(matrix, "rounding/nearest")
     routing: RoutingSpec = plan.experts_problem(cell, matrix.profiles["cpu"].limits).routing
     assert routing == replace(cell.routing, tile_m=16)
+
+
+def test_the_hopper_run_is_planned_to_stay_below_eight_minutes(matrix):
+    """By estimates (docs/gate.md); twice as many trials for every speed cell would still fit."""
+    profile = matrix.profiles["hopper"]
+    speed = sum(plan.cost_seconds(cell, profile) for cell in matrix.cells_of("speed"))
+    assert plan.estimated_wall_seconds(matrix.cells, profile, workers=4) + speed < 480
+
+
+def test_the_estimate_counts_workers_and_memory(matrix, monkeypatch):
+    cells = matrix.cells_of("routing")[:3] + matrix.cells_of("speed")[:2]
+    profile = matrix.profiles["hopper"]
+    costs = dict(zip([cell.name for cell in cells], (8.0, 5.0, 4.0, 10.0, 10.0), strict=True))
+    monkeypatch.setattr(plan, "cost_seconds", lambda cell, profile: costs[cell.name])
+    monkeypatch.setattr(plan, "memory_bytes", lambda cell, profile: 20 * 2**30)
+    start = 2 * plan._START_S + 20
+    assert plan.estimated_wall_seconds(cells, profile, workers=1) == start + 17
+    assert plan.estimated_wall_seconds(cells, profile, workers=2) == start + 9
+    assert plan.estimated_wall_seconds(cells, profile, workers=3) == start + 8
+    monkeypatch.setattr(plan, "memory_bytes", lambda cell, profile: 40 * 2**30)
+    assert plan.estimated_wall_seconds(cells, profile, workers=3) == start + 17

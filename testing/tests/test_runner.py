@@ -1,11 +1,17 @@
 """Running: crashes and time limits cost one cell, killed runs resume, shards add up to the whole."""
 
+import itertools
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from testing.matrix import gate, pool, runner
-from testing.matrix.cells import MatrixError
+from testing.matrix.cells import MatrixError, load_matrix
 from testing.tests import crashing, small_matrix
 
 MACHINE = {"device": "test", "driver": None, "versions": {}, "commit": "0" * 40, "dirty": False, "date": "2026-01-01"}
@@ -126,3 +132,98 @@ def test_a_cell_has_the_same_seed_on_any_shard(run):
     parts = [run(shard_index=index, shard_count=2) for index in (1, 2)]
     assert {cell["name"]: cell.get("seed") for part in parts for cell in part["cells"]} == whole
     assert len({seed for seed in whole.values() if seed is not None}) == 4
+
+
+@pytest.fixture
+def noted(tmp_path, monkeypatch):
+    """Runs a matrix with three speed cells under the hopper profile on GPUs that are only named; returns who ran where and when."""
+    matrix = load_matrix(small_matrix.write(tmp_path, ("modes: [forward]", "modes: [inference, forward, forward+backward]")))
+    monkeypatch.setenv("MATRIX_TEST_LOG", str(tmp_path / "log"))
+
+    def start(**changes):
+        runner.run_shard(matrix, matrix.profiles["hopper"], options(tmp_path / "out", **changes), crashing.setup_noting, MACHINE)
+        lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+        return {name: (gpu, float(begin), float(end)) for name, gpu, begin, end, _ in lines}
+
+    return start
+
+
+def test_speed_cells_have_a_gpu_for_themselves_after_everything_else(noted, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ran = noted(gpus=2, jobs=4)
+    speed = {name: run for name, run in ran.items() if name.startswith("speed/")}
+    checks = [run for name, run in ran.items() if name not in speed]
+    assert len(speed) == 3
+    assert {gpu for gpu, _, _ in checks} <= {"0", "1"} == {gpu for gpu, _, _ in speed.values()}
+    assert max(end for _, _, end in checks) < min(begin for _, begin, _ in speed.values())
+    for gpu in "01":
+        alone = sorted(run[1:] for run in speed.values() if run[0] == gpu)
+        assert all(one[1] < other[0] for one, other in itertools.pairwise(alone))
+
+
+def test_workers_share_out_the_gpus_that_the_run_may_see(noted, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,GPU-bb")
+    assert {gpu for gpu, _, _ in noted(gpus=2, jobs=2).values()} == {"GPU-aa", "GPU-bb"}
+
+
+def test_memory_is_counted_for_each_gpu():
+    jobs = [pool.Job(name, 1, 6, 1.0, timeout_s=60) for name in ("a", "b", "c", "d")]
+    environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("0", "1", "0", "1")]
+    running = most = 0
+    for event in pool.run_jobs(jobs, crashing.setup, environments=environments, memory_bytes=10):
+        running += 1 if isinstance(event, pool.Started) else -1
+        most = max(most, running)
+    assert most == 2
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+from testing.matrix import runner
+from testing.matrix.cells import load_matrix
+from testing.tests import crashing
+out = Path(sys.argv[1])
+matrix = load_matrix(out / "matrix.yaml")
+options = runner.RunOptions(1, 1, out / "out", 1, 7, None, False, 0, "test")
+if __name__ == "__main__":
+    runner.run_shard(matrix, matrix.profiles["cpu"], options, crashing.setup, {"device": "test"})
+"""
+
+
+def test_a_run_killed_outright_leaves_no_worker_and_resumes(run):
+    """SIGKILL in the middle of the third cell: the two before it are kept, and its worker does not live on."""
+    order = ["layer/one", "layer/two", "route/rounded", "count/e4"]
+    run.tell("route/rounded", "hang")
+    script = run.tmp_path / "killed.py"
+    script.write_text(KILLED_RUN)
+    journal, hung = run.tmp_path / "out" / "shard-1-of-1.partial.jsonl", run.tmp_path / "told" / "route-rounded.pid"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, str(script), str(run.tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: journal.exists() and "layer/two" in journal.read_text() and hung.exists() and hung.read_text())
+        worker = int(hung.read_text())
+        assert alive(worker)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not alive(worker))
+    done = [json.loads(line)["name"] for line in journal.read_text().splitlines()[1:]]
+    assert set(done) < set(order)
+    (run.tmp_path / "log").unlink()
+    (run.tmp_path / "told" / "route-rounded").unlink()
+    assert statuses(run(resume=True))["route/rounded"] == "passed"
+    assert run.log() == sorted(set(order) - set(done))
+
+
+def wait_until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
