@@ -265,19 +265,19 @@ def compile_all(session: nox.Session) -> None:
     run(session, python, "-m", "cute_runtime", "build", "--jobs", str(os.cpu_count() or 1), *check, *arguments)
 
 
-def bazel_kernels(session: nox.Session, python: str, destination: Path) -> None:
-    """Builds the kernels with Bazel and copies them to a folder, which holds nothing else afterwards."""
+def bazel_kernels(session: nox.Session, python: str, destination: Path, target: str = "prebuilt_kernels") -> None:
+    """Builds a folder of kernels with Bazel and copies them to a folder, which holds nothing else afterwards."""
     system_tool(session, "cc")
     bazel = system_tool(session, "bazelisk", "bazel")
     environment = bazel_environment(python)
-    run(session, bazel, "build", "//:prebuilt_kernels", env=environment)
+    run(session, bazel, "build", f"//:{target}", env=environment)
     info = [bazel, "info", "bazel-bin"]
     outputs = subprocess.run(info, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
     partial = destination.with_name(destination.name + ".partial")
     for folder in (partial, destination):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
-    for kernel in Path(outputs.stdout.strip(), "prebuilt_kernels").iterdir():
+    for kernel in Path(outputs.stdout.strip(), target).iterdir():
         shutil.copyfile(kernel, partial / kernel.name)
     partial.rename(destination)
     session.log(f"{len(list(destination.iterdir()))} kernels in {destination.relative_to(ROOT)}")
@@ -285,8 +285,13 @@ def bazel_kernels(session: nox.Session, python: str, destination: Path) -> None:
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """Builds every kernel variant with Bazel, so that only what changed is compiled, into out/kernels."""
-    bazel_kernels(session, interpreter(session, "dev"), OUT / "kernels")
+    """Builds every kernel variant with Bazel, so that only what changed is compiled, into out/kernels.
+
+    With ``-- --matrix`` also those that only the cells of testing/matrix.yaml need, for a GPU runner that compiles nothing.
+    """
+    if session.posargs not in ([], ["--matrix"]):
+        session.error(f"kernels takes --matrix or nothing, not {' '.join(session.posargs)}")
+    bazel_kernels(session, interpreter(session, "dev"), OUT / "kernels", "matrix_kernels" if session.posargs else "prebuilt_kernels")
 
 
 @nox.session

@@ -24,7 +24,7 @@ _cute_kernel = rule(
     },
 )
 
-def cute_kernels(name, variants, visibility = ["//visibility:public"]):
+def cute_kernels(name, variants, tags = [], visibility = ["//visibility:public"]):
     """One target per variant, named after it, and the group of them all.
 
     An object lands in prebuilt/ beside the kernel's module, where cute_runtime looks for it: a test that has the group
@@ -33,14 +33,16 @@ def cute_kernels(name, variants, visibility = ["//visibility:public"]):
     Args:
       name: the group.
       variants: VARIANTS of the package's variants.bzl: kernel name (also its sonic_py_library here) to variant names.
+      tags: of all targets; "manual" keeps them out of `bazel build //...`.
       visibility: of the group.
     """
     for kernel, names in variants.items():
         for variant in names:
-            _cute_kernel(name = variant, library = ":" + kernel, visibility = visibility)
+            _cute_kernel(name = variant, library = ":" + kernel, tags = tags, visibility = visibility)
     native.filegroup(
         name = name,
         srcs = [":" + variant for names in variants.values() for variant in names],
+        tags = tags,
         visibility = visibility,
     )
 

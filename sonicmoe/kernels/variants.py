@@ -76,10 +76,16 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
     return Variant("sonicmoe.kernels.dx_rows", {"tile": tile.name, "dtype": dtype} | _stored(transposed))
 
 
-def prebuilt_variants() -> list[Variant]:
-    """What most models use: bfloat16, swiglu in both layouts, no bias, every tile of the table, for training and inference."""
+def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool) -> list[Variant]:
+    """All that a layer with these options can load, whatever its sizes, in training and inference."""
     up = [
-        up_projection(tile=tile, dtype="bfloat16", activation="swiglu", interleaved=interleaved, store_z=store_z, bias=False)
-        for tile, interleaved, store_z in product((TALL, PAIR), (True, False), (True, False))
+        up_projection(tile=tile, dtype=dtype, activation=activation, interleaved=interleaved, store_z=store_z, bias=bias)
+        for tile, store_z in product((TALL, PAIR), (True, False))
     ]
-    return up + [down_projection(tile=tile, dtype="bfloat16", bias=False) for tile in (TALL, BROAD, SQUARE)]
+    return up + [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (TALL, BROAD, SQUARE)]
+
+
+def prebuilt_variants() -> list[Variant]:
+    """What most models use: bfloat16, swiglu in both layouts, no bias."""
+    layouts = [layer_variants(dtype="bfloat16", activation="swiglu", interleaved=interleaved, bias=False) for interleaved in (True, False)]
+    return list(dict.fromkeys(variant for layout in layouts for variant in layout))

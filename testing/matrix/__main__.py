@@ -1,4 +1,4 @@
-"""The matrix's command line: ``python -m testing.matrix plan|run|gate|selftest|ratchet``.
+"""The matrix's command line: ``python -m testing.matrix plan|run|gate|selftest|ratchet|kernels``.
 
 Exit status: 0 all is well, 1 a cell or the gate failed, 2 the input cannot be used (one line on stderr says why).
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from testing.matrix import gate, history, plan, ratchet, report, report_html, runner
 from testing.matrix.cells import DEFAULT_MATRIX, Matrix, Profile, load_matrix
+from testing.matrix.kernels import matrix_variants
 from testing.matrix.located import MatrixError
 from testing.matrix.results import FAILED, find_results, read_recorded, write_atomically, write_result
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m testing.matrix", description="The matrix: plan its shards, run it, decide on it.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate|selftest|ratchet")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|run|gate|selftest|ratchet|kernels")
     planner = commands.add_parser("plan", help="print balanced shards as one line of JSON for GitHub Actions")
     planner.add_argument("--shards", type=int, required=True, metavar="N", help="number of shards")
     planner.set_defaults(run=_plan)
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     tighten.add_argument("--lower", action="store_true", help="propose floors that fall as well")
     tighten.add_argument("--write", action="store_true", help="write them into the matrix file instead of printing the patch")
     tighten.set_defaults(run=_ratchet)
+    kernels = commands.add_parser("kernels", help="list the kernels that the cells need beside the prebuilt ones")
+    kernels.set_defaults(run=_kernels)
     for command in (run, tester):
         command.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per core, four per GPU)")
         command.add_argument("--seed", type=int, metavar="S", help="repeat an earlier run's random numbers (default: fresh ones)")
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--history", type=Path, default=default, metavar="DIR", help="recorded results to compare with")
     for command in (planner, run):
         command.add_argument("--cells", metavar="GLOB", help="only the cells whose names match, such as 'models/*'")
-    for command in (planner, run, decide, tester, tighten):
+    for command in (planner, run, decide, tester, tighten, kernels):
         command.add_argument("--matrix", type=Path, default=DEFAULT_MATRIX, metavar="FILE", help="default: testing/matrix.yaml")
         command.add_argument("--json", action="store_true", help="JSON on stdout and nothing else (as plan always does)")
     return parser
@@ -170,6 +173,15 @@ def _ratchet(arguments: argparse.Namespace, matrix: Matrix) -> int:
         write_atomically(matrix.path, text)
     elif not arguments.json:
         print(ratchet.patch(matrix.path, text), end="")
+    return OK
+
+
+def _kernels(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    variants = matrix_variants(matrix)
+    if arguments.json:
+        print(json.dumps([{"name": variant.name, "kernel": variant.kernel} for variant in variants]))
+    else:
+        print("\n".join(variant.name for variant in variants))
     return OK
 
 

@@ -1,0 +1,37 @@
+"""No cell of the matrix compiles a kernel on the GPU's time: what the layer may load is built before."""
+
+from cute_runtime import prebuilt_variants
+from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import down_tile, up_tile
+from testing.matrix.cells import LayerCell, load_matrix
+from testing.matrix.kernels import matrix_variants
+from testing.matrix.plan import experts_problem
+
+MATRIX = load_matrix()
+
+
+def test_every_layer_of_the_hopper_profile_finds_its_kernels():
+    """The choices of sonicmoe/backends/hopper.py, at the sizes that cells run at, and with fewer or more rows as routing may leave them."""
+    built = {variant.name for variant in (*prebuilt_variants(), *matrix_variants(MATRIX))}
+    limits = MATRIX.profiles["hopper"].limits
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    needed = set()
+    for cell in MATRIX.cells:
+        if not isinstance(cell, LayerCell) or cell.dtype not in dtypes:
+            continue
+        sizes, _ = experts_problem(cell, limits)
+        common = {"dtype": dtypes[cell.dtype], "bias": cell.bias}
+        gated = cell.activation in ("swiglu", "geglu", "reglu", "swiglu_oai")
+        options = {"activation": cell.activation, "interleaved": gated and cell.layout == "interleaved"}
+        for rows in {sizes.rows, sizes.rows // 2, sizes.rows + 128 * sizes.E}:
+            up, down = up_tile(rows=rows, experts=sizes.E), down_tile(rows=rows, experts=sizes.E, reduced=sizes.I)
+            needed |= {variants.up_projection(tile=up, **options, **common, store_z=store_z).name for store_z in (True, False)}
+            needed.add(variants.down_projection(tile=down, **common).name)
+    assert len(needed) > 30
+    assert needed - built == set()
+
+
+def test_what_is_prebuilt_is_not_listed_twice():
+    listed = [variant.name for variant in matrix_variants(MATRIX)]
+    assert len(set(listed)) == len(listed)
+    assert not set(listed) & {variant.name for variant in prebuilt_variants()}
