@@ -1,7 +1,7 @@
 """Writes the documents' tables of measured speed from the recorded results: ``python -m testing.readme_tables``.
 
-Recorded results are the JSON files in testing/results/; of each device the newest file that has a table's cells is shown. What
-stands between the two markers in a document is replaced, and nothing else.
+Recorded results are the JSON files in testing/results/; of each device and power limit the newest file that has a table's cells
+is shown, whatever commit it is of. What stands between the two markers in a document is replaced, and nothing else.
 """
 
 import argparse
@@ -21,11 +21,18 @@ BEGIN = "<!-- tables of testing/results/, written by `python -m testing.readme_t
 """In every document the same: each has one place for its tables."""
 END = "<!-- end -->"
 NONE_RECORDED = "No speed is recorded yet."
+NO_PEERS_RECORDED = "No comparison is recorded yet."
 NO_INPUT_RECORDED = "No wait for input is recorded yet."
 
 
 def speed_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms")]
+    """Those of this library alone."""
+    return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms") and "peer" not in cell]
+
+
+def peer_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of `sonicmoe bench --peers`; a peer that did not run has no mode."""
+    return [cell for cell in result["cells"] if "peer" in cell]
 
 
 class Tables(NamedTuple):
@@ -57,11 +64,24 @@ def newest(folder: Path, select: Callable[[dict[str, Any]], list[dict[str, Any]]
 def _table(result: dict[str, Any]) -> str:
     lines = [machine_text(result) + ":", ""]
     lines += ["| T,H,I,E,K | routing | mode | ms | TFLOPS | GEMM bound ms | ratio |", "|---|---|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {thiek_text(cell['thiek'])} | {cell.get('routing') or ''} | {cell['mode']} | {cell['ms']:.3f} | {cell['tflops']:.0f} "
-        f"| {cell['bound_ms']:.3f} | {cell['ratio']:.2f} |"
-        for cell in speed_cells(result)
-    ]
+    lines += [f"| {_speed_columns(cell)} |" for cell in speed_cells(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _speed_columns(cell: dict[str, Any]) -> str:
+    words = f"{thiek_text(cell['thiek'])} | {cell.get('routing') or ''} | {cell['mode']}"
+    return f"{words} | {cell['ms']:.3f} | {cell['tflops']:.0f} | {cell['bound_ms']:.3f} | {cell['ratio']:.2f}"
+
+
+def _peer_table(result: dict[str, Any]) -> str:
+    lines = [machine_text(result) + ":", ""]
+    lines += ["| implementation | T,H,I,E,K | routing | mode | ms | TFLOPS | GEMM bound ms | ratio | saved MiB | peak MiB |"]
+    lines += ["|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    ran = [cell for cell in peer_cells(result) if cell.get("ratio")]
+    for cell in ran:
+        memory = (f"{cell[key]:.0f}" if cell.get(key) is not None else "" for key in ("saved_mib", "peak_mib"))
+        lines.append(f"| {cell['peer']} | {_speed_columns(cell)} | {' | '.join(memory)} |")
+    lines += [f"\n{cell['peer']}: {cell['why']}" for cell in peer_cells(result) if cell not in ran]
     return "\n".join(lines) + "\n"
 
 
@@ -86,6 +106,7 @@ def _input_table(result: dict[str, Any]) -> str:
 
 TABLES = (
     Tables("README.md", speed_cells, _table),
+    Tables("docs/peers.md", peer_cells, _peer_table, NO_PEERS_RECORDED),
     Tables("docs/input.md", input_cells, _input_table, NO_INPUT_RECORDED),
     Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),
 )

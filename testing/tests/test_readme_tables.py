@@ -44,6 +44,28 @@ def test_the_newest_run_of_each_device_is_shown(place):
     assert "old" not in text
 
 
+def test_power_limits_commits_and_peers_have_tables_of_their_own(place):
+    place.record("a", "H100", "2026-01-01", 0.60, commit="a" * 40)
+    place.record("b", "H100", "2026-01-02", 0.70, commit="b" * 40)
+    place.record("capped", "H100", "2025-12-01", 0.65, power_limit_w=350.0)
+    peer = {"peer": "ScatterMoE", "mode": "forward", "thiek": [8, 8, 8, 8, 2], "routing": "top_k", "ms": 4.0, "tflops": 100.0}
+    absent = {"peer": "MegaBlocks", "mode": None, "status": "not installed", "why": "not installed: package megablocks"}
+    place.record("peers", "H100", "2026-03-01", 0.0, cells=[{**peer, "bound_ms": 1.0, "ratio": 0.25, "saved_mib": 1.6}, absent])
+    _, text = place()
+    heads = [line for line in text.splitlines() if line.startswith("H100 ")]
+    assert [("700.0 W" in head, "bbbbbbbbbbbb" in head) for head in heads] == [(False, False), (True, True)]
+    assert "0.60" not in text
+    assert "ScatterMoE" not in text
+    peers = (place.root / "docs" / "peers.md").read_text()
+    assert "| ScatterMoE | 8,8,8,8,2 | top_k | forward | 4.000 | 100 | 1.000 | 0.25 | 2 |  |" in peers
+    assert "\nMegaBlocks: not installed: package megablocks\n" in peers
+
+
+def test_a_folder_that_does_not_exist_is_an_empty_one(place, tmp_path):
+    (tmp_path / "results").rmdir()
+    assert readme_tables.NONE_RECORDED in place()[1]
+
+
 def test_check_fails_when_results_and_readme_drift_apart_and_writes_nothing(place):
     place.record("one", "H100", "2026-01-01", 0.61)
     place()
