@@ -132,11 +132,16 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
     machine = _machine(arguments, matrix)
     from sonicmoe import environment
     from testing.matrix import selftest
-    from testing.matrix.defects import DEFECTS
+    from testing.matrix.defects import EVERY
+    from testing.matrix.planting_source import SourceDefect
 
-    defects = {name: defect.cell for name, defect in DEFECTS.items() if fnmatch.fnmatchcase(name, arguments.defects or "*")}
+    asked = {name: defect for name, defect in EVERY.items() if fnmatch.fnmatchcase(name, arguments.defects or "*")}
+    defects = {name: defect.cell for name, defect in asked.items() if machine.gpus or not isinstance(defect, SourceDefect)}
+    away = [name for name in asked if name not in defects]
+    if not asked:
+        raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(EVERY)} defects")
     if not defects:
-        raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(DEFECTS)} defects")
+        raise MatrixError(f"--defects {arguments.defects}: matches defects in kernels only, which need an sm_90 GPU")
     options = selftest.SelftestOptions(machine.jobs, _cores(), _seed(arguments), machine.gpus, _command())
     setup = selftest.default_setup(matrix, machine.profile, machine.device)
     described = environment.describe()
@@ -150,6 +155,7 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
         "seed": options.seed,
         "command": options.command,
         **tested.as_json(),
+        "not_run": away,
     }
     if arguments.out is not None:
         write_result(arguments.out / "selftest.json", found)
@@ -158,6 +164,8 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
         print(json.dumps(found))
     else:
         selftest.print_table(_console(), tested)
+        if away:
+            print(f"not run: {len(away)} defects in kernels, which need an sm_90 GPU")
     return GATE_FAILED if tested.reasons else OK
 
 

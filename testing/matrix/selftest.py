@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from testing.matrix import gate, judge, pool, runner, simulate
+from testing.matrix import gate, judge, planting_source, pool, runner, simulate
 from testing.matrix.cells import LayerCell, Matrix, Profile
 from testing.matrix.results import FAILED
 
@@ -221,7 +221,15 @@ def markdown(selftest: Selftest) -> str:
 
 def default_setup(matrix: Matrix, profile: Profile, device: str) -> Setup:
     """The setup of real workers; partials of an importable function, so that they can be sent to a new process."""
-    return lambda defect: functools.partial(_planted_work, str(matrix.path), profile.name, device, defect)
+    from testing.matrix.defects_kernels import KERNEL_DEFECTS
+
+    def setup(defect: str | None) -> Callable[[], pool.Work]:
+        where = (str(matrix.path), profile.name, device)
+        if defect in KERNEL_DEFECTS:
+            return functools.partial(planting_source.work_with, KERNEL_DEFECTS[defect], *where)
+        return functools.partial(_planted_work, *where, defect)
+
+    return setup
 
 
 def _planted_work(matrix_path: str, profile_name: str, device: str, defect: str | None) -> pool.Work:
