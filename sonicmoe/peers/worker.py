@@ -133,7 +133,7 @@ def run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Run the peer once for its values, then for its memory, then on the clock beside the GEMM bound."""
     timing, memory, thiek = (load(PACKAGE / f"{name}.py") for name in ("timing", "memory", "thiek"))
     device, sizes = torch.device(request["device"]), thiek.Thiek(*request["thiek"])
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     problem = read_problem(folder, request)
     begin = time.perf_counter()

@@ -173,3 +173,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, 
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.gpu
+def test_grouped_mm_beside_ours_on_a_gpu(capsys):
+    sizes = Thiek(2048, 1024, 512, 16, 4)
+    assert cli.main(["bench", "--peers", "grouped_mm", "--thiek", str(sizes), "--device", "cuda", "--seed", "4", "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [cell["status"] for cell in cells] == ["ran"] * 6
+    for cell in cells:
+        assert all(error["whole"] < 1.6e-2 for error in cell["errors"].values())
+        assert cell["peak_mib"] > 16 * 3 * 1024 * 512 * 2 / 2**20  # the weights alone
+    ours, peer = (cell["saved_mib"] for cell in cells if cell["mode"] == "forward")
+    assert sizes.rows * 2 * 512 * 2 / 2**20 < ours < peer
