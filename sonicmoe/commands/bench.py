@@ -120,8 +120,7 @@ def _run_peers(args: argparse.Namespace, problem: "Problem") -> int:
         )
     cells = [cell for result in results for cell in compare.mode_cells(problem, result)]
     ours = results[0]
-    errors = {name: error for name, error in ours.get("errors", {}).items() if not name.startswith("o ")}
-    failures = accuracy.failures(errors, accuracy.THRESHOLDS[DTYPES[args.dtype]])
+    failures = accuracy.failures(ours.get("errors", {}), accuracy.THRESHOLDS[DTYPES[args.dtype]])
     if args.json:
         tables.print_json(described, cells)
     else:

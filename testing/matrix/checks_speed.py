@@ -50,19 +50,15 @@ def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") 
     bound = timing.gemm_bound_variants(cell.thiek, dtype=dtype, device=device)[bound_name]
     trials: list[Trial] = []
     while needs_more_trials(trials, rule):
-        layer = functools.partial(_ignoring, run, fresh_tokens())
+        layer = functools.partial(run, fresh_tokens())
         with torch.set_grad_enabled(trains):
             # The first trial warms the clock up; the others only their own tokens.
             effort = {"warmup_s": 0.02 if trials else 0.3, "measure_s": 0.1}
-            times = timing.measure({"layer": timing.Variant(layer), bound_name: bound}, device=device, **effort)
+            times = timing.measure({"layer": timing.Variant(lambda _, layer=layer: layer()), bound_name: bound}, device=device, **effort)
             trials.append(Trial(times["layer"].ms, times[bound_name].ms, _time_operations(layer, device)))
     summary = summarize(trials)
     flops = timing.model_flops(cell.thiek.rows, H, I, gated=True)[cell.mode]
     return {**summary, **used, "tflops": timing.tflops(flops, summary["ms"])}
-
-
-def _ignoring(run: Callable[[list[torch.Tensor]], None], tokens: list[torch.Tensor], _: object) -> None:
-    run(tokens)
 
 
 def _memory(
@@ -81,10 +77,10 @@ def _memory(
     return used if peak is None else {**used, "peak_mib": round(peak)}
 
 
-def _time_operations(layer: Any, device: str) -> dict[str, float]:
+def _time_operations(layer: Callable[[], None], device: str) -> dict[str, float]:
     runs = []
     for _ in range(OPERATION_RUNS):
         with operation_times(device) as times:
-            layer(None)
+            layer()
         runs.append(times.milliseconds())
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}

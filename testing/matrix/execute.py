@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from testing.matrix import pool
 from testing.matrix.cells import Cell, CountCell, LayerCell, Profile, RoutingCell, SpeedCell, load_matrix
 from testing.matrix.checks_dispatch import check_counts
 from testing.matrix.checks_layer import measure_layer
 from testing.matrix.checks_speed import measure_speed
-from testing.matrix.pool import Work
 from testing.matrix.route import check_route
 from testing.matrix.speed import Rule
 
 
-def prepare(matrix_path: Path, profile_name: str, device: str) -> Work:
+def prepare(matrix_path: Path, profile_name: str, device: str) -> pool.Work:
     """Load the matrix once per worker; the returned function runs one cell by name."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     matrix = load_matrix(matrix_path)
@@ -43,10 +43,18 @@ def run_cell(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -
         lines = str(error).strip().splitlines() or [""]
         measured = {"crash": f"{type(error).__name__}: {lines[0]}", "traceback": traceback.format_exc(limit=-8)}
     used = {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(device))}
-    if device == "cuda":
+    return {**used, **measured, **(_clean_up() if device == "cuda" else {})}
+
+
+def _clean_up() -> dict[str, Any]:
+    """Give the GPU's memory back, which other workers share; where an error has broken this process's use of the GPU, say so."""
+    try:
         gc.collect()
-        torch.cuda.empty_cache()  # other workers share the GPU: what this one keeps in store would be missing there
-    return {**used, **measured}
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return {pool.LOST: True}
+    return {}
 
 
 def _run(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Worker processes that survive a crashing cell.
 
 Each worker is one process that runs cells until it is told to stop. A worker that dies or runs past its time limit costs
-its cell, which is reported with the reason, and is replaced; no other cell notices.
+its cell, which is reported with the reason, and is replaced; no other cell notices. So is one whose cell has broken its use of the GPU.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 _CONTEXT = multiprocessing.get_context("spawn")
 Work = Callable[[str, int], dict[str, Any]]
+LOST = "process_lost"
+"""Of a result, where true: its worker can run no other cell."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ def run_jobs(
                 yield Started(job.name)
                 worker.give(job)
             for index, finished in _collect(workers):
-                if finished.crash:
+                if finished.result and finished.result.pop(LOST, False):
+                    workers[index].kill()
+                    workers[index] = None
+                elif finished.crash:
                     workers[index] = None
                 yield finished
     finally:

@@ -41,6 +41,15 @@ def note_gpu(name: str, seed: int) -> dict[str, Any]:
     return {"checks": CHECKS, "errors": ERRORS}
 
 
+def lose_first(name: str, seed: int) -> dict[str, Any]:
+    """A cell that breaks its process, as an illegal address on a GPU does, and others that do not."""
+    return {"pid": os.getpid(), "process_lost": name == "first"}
+
+
+def setup_losing():
+    return lose_first
+
+
 def setup_noting():
     return note_gpu
 

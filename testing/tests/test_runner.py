@@ -65,6 +65,18 @@ def test_a_cell_past_its_time_limit_is_stopped(tmp_path, monkeypatch):
     assert [(event.name, event.crash) for event in ended] == [("slow", "ran past its limit of 1 s and was stopped"), ("quick", "")]
 
 
+def test_a_process_that_its_cell_has_broken_runs_no_other():
+    jobs = [pool.Job(name, 1, 1, cost, timeout_s=60) for name, cost in (("first", 3.0), ("second", 2.0), ("third", 1.0))]
+    ended = [
+        event
+        for event in pool.run_jobs(jobs, crashing.setup_losing, environments=[{}], memory_bytes=10)
+        if isinstance(event, pool.Finished)
+    ]
+    pids = {event.name: event.result["pid"] for event in ended}
+    assert pids["first"] != pids["second"] == pids["third"]
+    assert all(pool.LOST not in event.result for event in ended)
+
+
 def test_jobs_that_do_not_fit_in_memory_together_run_one_after_the_other():
     jobs = [pool.Job(name, 1, 6, 1.0, timeout_s=60) for name in ("a", "b", "c")]
     running = most = 0
