@@ -19,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     problem.add_arguments(parser, required=True)
     parser.add_argument("--trials", type=int, default=1, metavar="N", help="times with fresh tokens and router (default: 1)")
     parser.add_argument("--skip-test", action="store_true", help="time only")
-    parser.add_argument(
-        "--peers", nargs="*", metavar="NAME", help=f"compare with these, of {', '.join(PEERS)}; without a name with all (not the router)"
-    )
+    peers = f"run these beside the experts: {', '.join(PEERS)} (without a name: all)"
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=peers)
     parser.add_argument(
         "--peer-path",
         action="append",

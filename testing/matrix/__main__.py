@@ -138,6 +138,7 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
     asked = {name: defect for name, defect in EVERY.items() if fnmatch.fnmatchcase(name, arguments.defects or "*")}
     defects = {name: defect.cell for name, defect in asked.items() if machine.gpus or not isinstance(defect, SourceDefect)}
     away = [name for name in asked if name not in defects]
+    not_run = f"not run: {len(away)} defects in kernels, which need an sm_90 GPU"
     if not asked:
         raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(EVERY)} defects")
     if not defects:
@@ -159,13 +160,13 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
     }
     if arguments.out is not None:
         write_result(arguments.out / "selftest.json", found)
-        write_atomically(arguments.out / "selftest.md", selftest.markdown(tested))
+        write_atomically(arguments.out / "selftest.md", selftest.markdown(tested) + (f"\n{not_run}\n" if away else ""))
     if arguments.json:
         print(json.dumps(found))
     else:
         selftest.print_table(_console(), tested)
         if away:
-            print(f"not run: {len(away)} defects in kernels, which need an sm_90 GPU")
+            print(not_run)
     return GATE_FAILED if tested.reasons else OK
 
 

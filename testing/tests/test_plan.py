@@ -94,10 +94,10 @@ def test_cutting_a_rounded_cell_cuts_its_tile_and_nothing_else_of_its_routing(ma
 
 
 def test_the_hopper_run_is_planned_to_stay_below_eight_minutes(matrix):
-    """By estimates (docs/gate.md); twice as many trials for every speed cell would still fit."""
+    """By estimates (docs/gate.md), even where every speed cell needs three times as many trials, the most that there are."""
     profile = matrix.profiles["hopper"]
     speed = sum(plan.cost_seconds(cell, profile) for cell in matrix.cells_of("speed"))
-    assert plan.estimated_wall_seconds(matrix.cells, profile, workers=4) + speed < 480
+    assert plan.estimated_wall_seconds(matrix.cells, profile, workers=4) + 2 * speed < 480
 
 
 def test_the_estimate_counts_workers_and_memory(matrix, monkeypatch):
