@@ -210,12 +210,15 @@ def gpu_matrix(session: nox.Session) -> None:
 
 
 def run_matrix(session: nox.Session, *arguments: str) -> None:
-    """Beside an sm_90 GPU also with the compiler: the cells take more variants of the kernels than are built beforehand."""
-    extra = "matrix"
-    if any(map(is_hopper, listed_gpus())):
-        extra = "compile,matrix"
-        system_tool(session, "cc")
-    run(session, interpreter(session, extra), "-m", "testing.matrix", "run", *arguments)
+    run(session, matrix_interpreter(session), "-m", "testing.matrix", "run", *arguments)
+
+
+def matrix_interpreter(session: nox.Session) -> str:
+    """Beside an sm_90 GPU also with the compiler: cells take more variants of the kernels than are prebuilt, and defects new ones."""
+    if not any(map(is_hopper, listed_gpus())):
+        return interpreter(session, "matrix")
+    system_tool(session, "cc")
+    return interpreter(session, "compile,matrix")
 
 
 def listed_gpus() -> list[str]:
@@ -249,7 +252,7 @@ def gate(session: nox.Session) -> None:
 @nox.session
 def gate_selftest(session: nox.Session) -> None:
     """Plants defects one at a time, each of which the gate must catch; see `python -m testing.matrix selftest --help`."""
-    run(session, interpreter(session, "matrix"), "-m", "testing.matrix", "selftest", *session.posargs)
+    run(session, matrix_interpreter(session), "-m", "testing.matrix", "selftest", *session.posargs)
 
 
 @nox.session
