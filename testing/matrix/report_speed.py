@@ -12,7 +12,7 @@ from testing.matrix.report import floor_text, ratio_text, thiek_text
 from testing.matrix.report_charts import OPERATION_COLOURS, roofline, sparkline
 from testing.matrix.report_parts import legend, name, square, table
 from testing.matrix.roofline import ROOFS, VALUE_BYTES, points
-from testing.matrix.speed import Machine, floor_of
+from testing.matrix.speed import Machine, floor_of, uncertainty
 
 LOADS = {"Standard": "speed/standard", "High throughput": "speed/high-throughput", "More experts": "speed/more-experts"}
 
@@ -72,7 +72,8 @@ def _ratios(matrix: Matrix, result: dict[str, Any], measured: list[dict[str, Any
             found = floor_of(matrix.floors, cell["name"], machine)
             lowest = found[1].ratio * (1 - matrix.speed_rule.allowed_loss) if found else None
             title = f"{cell['name']}: {ratio_text(cell)}, floor {floor_text(matrix, result, cell)}"
-            squares.append(square(f"{cell['ratio']:.2f}", _ratio_share(cell["ratio"], lowest), title))
+            granted = uncertainty(cell["ratio_spread"], cell["trials"]) if "trials" in cell else 0.0
+            squares.append(square(f"{cell['ratio']:.2f}", _ratio_share(cell["ratio"] + granted, lowest), title))
         rows.append(f'<tr><td title="{escape(shape)}">{name(shape)}</td>{"".join(squares)}</tr>')
     names = "".join(f"<th>{name(mode)}</th>" for mode in SPEED_MODES)
     text = (
