@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cute_runtime
+from cute_runtime.timing import captured
 from dispatch import DispatchPlan, gather_sum, plan
 from dispatch.gather_sum_hopper import gather_sum_hopper
 from dispatch.kernels import variants
@@ -188,17 +189,6 @@ def test_misaligned_and_strided_rows_are_refused():
         gather_sum_hopper(torch.empty(16, 128, dtype=rows.dtype, device="cuda")[:, :64], score, p)
 
 
-def captured(launches):
-    """A graph of the launches: events around its replay see the GPU's time and not the host's."""
-    for launch in launches:
-        launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return graph
-
-
 def median_ms(functions, rounds=12):
     """Median over rounds of the GPU time of each function, in turns, the first rounds left out."""
     times = {name: [] for name in functions}
@@ -225,7 +215,7 @@ def test_runs_at_device_copy_bandwidth(T, H, K, uniform, capsys):
     target = torch.empty_like(source)
     launches = [functools.partial(gather_sum_hopper, one, score, p, out) for one, out in zip(inputs, outputs, strict=True)]
     # The copy is not captured: a graph would give it to the copy engines, which reach two thirds of the bandwidth (2.76 TB/s on an H200).
-    ms = median_ms({"kernel": captured(launches).replay, "copy": lambda: target.copy_(source)})
+    ms = median_ms({"kernel": captured(launches)[0].replay, "copy": lambda: target.copy_(source)})
     ms["kernel"] /= len(launches)
     rate = moved / ms["kernel"] * 1e-9
     copy_rate = 2 * source.nbytes / ms["copy"] * 1e-9

@@ -1,12 +1,11 @@
 """count_cumsum and the plan on an sm_90 GPU, from prebuilt objects: the bits of PyTorch's version, graphs, and times beside it."""
 
 import itertools
-import statistics
-import time
 
 import pytest
 import torch
 
+from cute_runtime.timing import captured, eager_us, graph_us, host_us
 from dispatch import count_cumsum, debug, plan
 
 pytestmark = pytest.mark.gpu
@@ -133,24 +132,13 @@ def test_runs_repeat_their_bits_and_do_not_wait(experts, slots_per_token):
         assert_same(one_count, first[1], "count")
 
 
-def captured(function, repeats=1):
-    """A graph of the function's launches, and what its last call returned."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            result = function()
-    return graph, result
-
-
 @pytest.mark.parametrize("experts", [128, 3000])
 @pytest.mark.parametrize("slots_per_token", [4, None])
 def test_graph_replays_on_new_ids(experts, slots_per_token):
     token = torch.arange(5000, device="cuda").repeat_interleave(4)
     expert = draw(20_000, experts, torch.int64, seed=0)
     sizes = {"num_tokens": 5000, "num_experts": experts, "slots_per_token": slots_per_token}
-    graph, (got_plan, got_count) = captured(lambda: (plan(token, expert, **sizes), count_cumsum(expert, experts)))
+    graph, (got_plan, got_count) = captured([lambda: (plan(token, expert, **sizes), count_cumsum(expert, experts))])
     for seed in range(1, 4):
         expert.copy_(draw(20_000, experts, torch.int64, seed=seed))
         graph.replay()
@@ -189,51 +177,12 @@ def test_debug_switch_still_checks_the_tokens():
         plan(ids, ids, num_tokens=0, num_experts=1)
 
 
-def graph_us(function, repeats=20):
-    """Median microseconds of one call in a replayed graph of ``repeats``."""
-    graph, _ = captured(function, repeats)
-    times = []
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / repeats)
-    return statistics.median(times[5:])
-
-
-def eager_us(function, repeats=50):
-    """Median microseconds of a call that follows calls like it, the device's work included."""
-    times = []
-    for _ in range(9):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e6 / repeats)
-    return statistics.median(times[2:])
-
-
-def host_us(function, repeats=20):
-    """Median microseconds until the call returns, with the device kept behind."""
-    times = []
-    for _ in range(9):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        times.append((time.perf_counter() - begin) * 1e6 / repeats)
-    return statistics.median(times[2:])
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("length", "experts"), [(262_144, 128), (2_097_152, 128), (262_144, 50_000), (2_097_152, 50_000)])
 def test_counting_is_faster_than_bincount_and_cumsum(length, experts, dtype, capsys):
     ids = draw(length, experts, dtype, seed=0, sentinels=False)
-    ours = graph_us(lambda: count_cumsum(ids, experts))
-    body = graph_us(lambda: count_cumsum(ids, experts, backend="reference"))
+    ours = graph_us([lambda: count_cumsum(ids, experts)] * 20)
+    body = graph_us([lambda: count_cumsum(ids, experts, backend="reference")] * 20)
     eager = eager_us(lambda: count_cumsum(ids, experts))
     bincount = eager_us(lambda: torch.bincount(ids, minlength=experts).cumsum(0))
     with capsys.disabled():
@@ -254,8 +203,8 @@ def test_planning_is_faster_than_pytorch(tokens, experts, k, uniform, most_us, c
     token = torch.arange(tokens, device="cuda", dtype=torch.int32).repeat_interleave(k)
     expert = draw(tokens * k, experts, torch.int32, seed=0, sentinels=False)
     sizes = {"num_tokens": tokens, "num_experts": experts, "slots_per_token": k if uniform else None}
-    ours = graph_us(lambda: plan(token, expert, **sizes))
-    body = graph_us(lambda: plan(token, expert, **sizes, backend="reference"), 5)
+    ours = graph_us([lambda: plan(token, expert, **sizes)] * 20)
+    body = graph_us([lambda: plan(token, expert, **sizes, backend="reference")] * 5)
     eager = eager_us(lambda: plan(token, expert, **sizes))
     eager_body = eager_us(lambda: plan(token, expert, **sizes, backend="reference"))
     host = host_us(lambda: plan(token, expert, **sizes))

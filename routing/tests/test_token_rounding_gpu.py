@@ -5,12 +5,12 @@ The judge is the PyTorch version on the CPU. New memory is poisoned, NaN in floa
 
 import functools
 import math
-import statistics
 
 import pytest
 import torch
 
 import routing.rounding
+from cute_runtime.timing import graph_us
 from dispatch import plan
 from routing import expert_counts, token_rounding, top_k
 from routing.rounding import MODES, capacity
@@ -223,37 +223,18 @@ def test_operators_pass_the_checks_of_torch_library():
     torch.library.opcheck(slot_scores.op, (logits.requires_grad_(), expert_index, token_offsets, "softmax", True, 1.0))
 
 
-def median_us(launches, rounds=12):
-    """GPU time of one launch: a graph of all of them, replayed; the first rounds are left out."""
-    for launch in launches:
-        launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times[3:])
-
-
 @pytest.mark.parametrize(("T", "E", "K", "most_us"), [(32768, 128, 8, 400), (16384, 256, 8, 400)])
 def test_takes_microseconds(T, E, K, most_us, capsys):
     torch.use_deterministic_algorithms(False)  # the poison's own launches are not to be timed
     inputs = [torch.randn(T, E, device="cuda") for _ in range(8)]
-    by_tile = median_us([functools.partial(token_rounding, logits, K, 128) for logits in inputs])
-    by_token = median_us([functools.partial(top_k, logits, K) for logits in inputs])
+    by_tile = graph_us([functools.partial(token_rounding, logits, K, 128) for logits in inputs])
+    by_token = graph_us([functools.partial(top_k, logits, K) for logits in inputs])
 
     def planned(logits, rounds):
         routed = token_rounding(logits, K, 128) if rounds else top_k(logits, K)
         return plan(routed.token_index, routed.expert_index, num_tokens=T, num_experts=E, slots_per_token=routed.slots_per_token)
 
-    to_plan = [median_us([functools.partial(planned, logits, rounds) for logits in inputs]) for rounds in (False, True)]
+    to_plan = [graph_us([functools.partial(planned, logits, rounds) for logits in inputs]) for rounds in (False, True)]
     with capsys.disabled():
         print(
             f"\nT,E,K={T},{E},{K}: top_k {by_token:.1f} us, with plan {to_plan[0]:.1f} us; "

@@ -5,12 +5,12 @@ The judge is the PyTorch version on the CPU. New memory is poisoned, NaN in floa
 
 import functools
 import math
-import statistics
 from itertools import product
 
 import pytest
 import torch
 
+from cute_runtime.timing import graph_us
 from dispatch import debug
 from routing import hopper, top_k
 from routing.scores_hopper import slot_scores_grad
@@ -261,25 +261,6 @@ def test_debug_switch_reports_non_finite_logits():
         top_k(torch.tensor([[0.0, math.nan]], device="cuda"), 1)
 
 
-def median_us(launches, rounds=12):
-    """GPU time of one launch: a graph of all of them, replayed; the first rounds are left out."""
-    for launch in launches:
-        launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times[3:])
-
-
 def copy_rate(size, copies=10):
     """Bytes a microsecond, read and written, of a device copy; not in a graph, where it would go to the copy engines."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
@@ -300,10 +281,10 @@ def test_takes_microseconds(T, E, K, most_us, capsys):
     count = max(2, 2**28 // (T * E * 4))  # rotate through more memory than L2
     inputs = [torch.randn(T, E, device="cuda") for _ in range(count)]
     options = {"renormalize": True}
-    forward = median_us([functools.partial(top_k, logits, K, **options) for logits in inputs])
+    forward = graph_us([functools.partial(top_k, logits, K, **options) for logits in inputs])
     weight = torch.randn(T * K, device="cuda")
     experts = [top_k(logits, K, **options).expert_index for logits in inputs]
-    backward = median_us(
+    backward = graph_us(
         [
             functools.partial(slot_scores_grad, logits, expert, None, weight, K, "softmax", True, 1.0)
             for logits, expert in zip(inputs, experts, strict=True)
