@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from testing import transformers_layers
+from testing import measured_tables, transformers_layers
 from testing.matrix import history
 from testing.matrix.report import machine_text, thiek_text
 from testing.matrix.results import write_atomically
@@ -26,7 +26,9 @@ NO_INPUT_RECORDED = "No wait for input is recorded yet."
 
 
 def speed_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of this library alone."""
+    """Those of this library's whole layers beside the GEMM bound; the suites of testing.measure have none."""
+    if "suites" in result:
+        return []
     return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms") and "peer" not in cell]
 
 
@@ -46,19 +48,28 @@ class Tables(NamedTuple):
     """Markdown of one result."""
     none: str = NONE_RECORDED
     """What stands there without any result."""
+    apart: Callable[[dict[str, Any]], str] = lambda result: ""
+    """Results that differ in this are shown side by side."""
+
+    def newest(self, folder: Path) -> list[dict[str, Any]]:
+        return newest(folder, self.select, self.apart)
 
     def markdown(self, folder: Path) -> str:
-        return "\n".join(self.table(result) for result in newest(folder, self.select)) or self.none + "\n"
+        return "\n".join(self.table(result) for result in self.newest(folder)) or self.none + "\n"
 
 
-def newest(folder: Path, select: Callable[[dict[str, Any]], list[dict[str, Any]]] = speed_cells) -> list[dict[str, Any]]:
-    """Of each device and power limit the newest result of which ``select`` takes cells, ordered by device.
+def newest(
+    folder: Path,
+    select: Callable[[dict[str, Any]], list[dict[str, Any]]] = speed_cells,
+    apart: Callable[[dict[str, Any]], str] = lambda result: "",
+) -> list[dict[str, Any]]:
+    """Of each device and power limit, and of what ``apart`` says, the newest result of which ``select`` takes cells, ordered by device.
 
     Raises:
         ValueError: a file is not a recorded result.
     """
-    found = {history.machine_of(result): result for result in history.recorded(folder) if select(result)}
-    return [found[machine] for machine in sorted(found)]
+    found = {(*history.machine_of(result), apart(result)): result for result in history.recorded(folder) if select(result)}
+    return [found[key] for key in sorted(found)]
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -108,6 +119,7 @@ TABLES = (
     Tables("README.md", speed_cells, _table),
     Tables("docs/peers.md", peer_cells, _peer_table, NO_PEERS_RECORDED),
     Tables("docs/input.md", input_cells, _input_table, NO_INPUT_RECORDED),
+    Tables("docs/measure.md", measured_tables.select, measured_tables.table, measured_tables.NONE_RECORDED, measured_tables.suites),
     Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),
 )
 
@@ -140,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             after = updated(before, tables.markdown(arguments.results), document=tables.document)
             if before != after:
                 stale[arguments.root / tables.document] = after
-        shown = {tables.document: newest(arguments.results, tables.select) for tables in TABLES}
+        shown = {tables.document: tables.newest(arguments.results) for tables in TABLES}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

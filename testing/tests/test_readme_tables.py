@@ -75,6 +75,38 @@ def test_check_fails_when_results_and_readme_drift_apart_and_writes_nothing(plac
     assert place("--check") == (1, before)
 
 
+def promise(name, value, limit=1.0, passed=True, **changes):
+    return {
+        "name": name,
+        "bound": {"value": value, "unit": "MiB", "limit": limit, "rule": "at most"},
+        "passed": passed,
+        "why": "",
+        **changes,
+    }
+
+
+def test_promises_take_one_line_for_each_kind_with_the_one_closest_to_its_bound(place):
+    place.record("speed", "H100", "2026-01-01", 0.61)
+    run = {"suites": ["memory", "step"], "quick": False, "items": None, "complete": True}
+    newer = [promise("memory/peak/a", 0.5), promise("memory/peak/b", 0.75), promise("memory/peak/c", 9.0, passed=None)]
+    newer += [{"name": "memory/saved/a", "passed": False, "why": "RuntimeError: no"}, {"name": "memory/x/a", "passed": True, "why": ""}]
+    place.record("older", "H100", "2026-01-02", 0.99, **run, cells=[promise("step/twice/older", 0, 0)])
+    place.record("newer", "H100", "2026-01-03", 0.99, **run, cells=newer)
+    place.record("other", "H100", "2026-01-01", 0.99, **run | {"suites": ["step"]}, cells=[promise("step/twice/top_k", 0, 0)])
+    for name, changes in {"quick": {"quick": True}, "part": {"items": "memory/peak/a"}, "killed": {"complete": False}}.items():
+        place.record(name, "H100", "2026-01-04", 0.99, **run | changes, cells=[promise("memory/peak/a", 2.0, passed=False)])
+    status, readme = place()
+    assert status == 0
+    assert "| 1.500 | 0.61 |" in readme
+    assert "0.99" not in readme
+    text = (place.root / "docs/measure.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith(("| memory", "| step"))] == [
+        "| memory/peak | 2 of 2 | 0.75 MiB | at most 1 | b |",
+        "| memory/saved | 0 of 1 | RuntimeError: no |  | a |",
+        "| step/twice | 1 of 1 | 0 MiB | at most 0 | top_k |",
+    ]
+
+
 def test_without_recorded_results_the_readme_says_so(place):
     status, text = place()
     assert status == 0
