@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from routing.choosing import top_k
-from routing.rounding import check_rounding, token_rounding
+from routing.rounding import Targets, check_rounding, token_rounding
 from routing.scoring import check_choice
 from routing.types import Routing
 
@@ -36,9 +36,14 @@ class RouterConfig:
         check_rounding(self.tile_m, self.mode)
 
     def route(
-        self, logits: torch.Tensor, *, selection_bias: torch.Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        logits: torch.Tensor,
+        *,
+        selection_bias: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        targets: Targets | None = None,
     ) -> Routing:
-        """Route logits (T, E). The generator is token_rounding's, for its mode "stochastic"."""
+        """Route logits (T, E). The generator and the targets are token_rounding's."""
         scoring = {
             "scoring": self.scoring,
             "renormalize": self.renormalize,
@@ -51,5 +56,5 @@ class RouterConfig:
         if self.method == "top_k":
             return top_k(logits, self.k, **scoring)
         if self.method == "token_rounding":
-            return token_rounding(logits, self.k, self.tile_m, self.mode, generator=generator, **scoring)
+            return token_rounding(logits, self.k, self.tile_m, self.mode, generator=generator, targets=targets, **scoring)
         raise ValueError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")

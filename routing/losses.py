@@ -33,7 +33,9 @@ def wasted_row_ratio(counts: torch.Tensor, tile_m: int) -> torch.Tensor:
     return ((hardware - counts.sum()) / hardware.clamp(min=1)).float()
 
 
-def load_balance_loss(logits: torch.Tensor, routing: Routing, *, scoring: str = "softmax") -> torch.Tensor:
+def load_balance_loss(
+    logits: torch.Tensor, routing: Routing, *, scoring: str = "softmax", counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """``E * sum over e of f_e * P_e``: f_e the rows of expert e per token, P_e the mean of its probability over the tokens.
 
     The loss of the Switch Transformer (arXiv 2101.03961, equations 4-6), for K > 1 as in transformers' Mixtral: K, not 1, when
@@ -44,6 +46,7 @@ def load_balance_loss(logits: torch.Tensor, routing: Routing, *, scoring: str = 
         routing: a Routing of these T tokens and E experts.
         scoring: "softmax" or "softmax_topk", P from the softmax over all experts; "sigmoid", from the sigmoids divided by
             their sum (DeepSeek-V3, arXiv 2412.19437, equations 17-20).
+        counts: (E,) rows of each expert to use in place of the routing's own; f is theirs per token of these logits.
 
     Returns:
         A float32 scalar (float64 for float64 logits), 0 for T = 0. Non-finite logits: see routing/scoring.py.
@@ -60,7 +63,8 @@ def load_balance_loss(logits: torch.Tensor, routing: Routing, *, scoring: str = 
         probability = renormalized(probability)
     num_tokens, num_experts = expected
     tokens = max(num_tokens, 1)
-    frequency = expert_counts(routing).to(probability.dtype) / tokens
+    counts = expert_counts(routing) if counts is None else counts
+    frequency = counts.to(probability.dtype) / tokens
     return num_experts * (frequency * (probability.sum(dim=0) / tokens)).sum()
 
 

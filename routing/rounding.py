@@ -4,6 +4,7 @@ Source: token rounding in "SonicMoE: Accelerating MoE with IO and Tile-aware Opt
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +17,11 @@ from routing.top_k_hopper import top_k_hopper
 from routing.types import Routing
 
 MODES = ("nearest", "up", "down", "stochastic", "balanced")
+
+Targets = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(scores (T, E), the top-K choice (T, K), each expert's rows under it (E,)) -> the rows (E,) int64 that each expert gets instead.
+
+The scores are those that rank an expert's tokens. An expert may lose all its rows and gain up to `most_added`."""
 
 
 def token_rounding(
@@ -32,6 +38,7 @@ def token_rounding(
     groups_per_token: int = 1,
     group_score: str = "top2",
     generator: torch.Generator | None = None,
+    targets: Targets | None = None,
 ) -> Routing:
     """Top-K routing whose experts' row counts are then rounded to multiples of tile_m, so that no tile is partly empty.
 
@@ -64,6 +71,8 @@ def token_rounding(
             logits of the token's final rows.
         generator: the source of "stochastic"'s random numbers, on the logits' device; torch's default one if None. torch.compile
             traces only None.
+        targets: what decides the experts' rows in place of the rule above, where these tokens are a part of those whose rows are to
+            be whole tiles (expert parallelism). Computed in PyTorch on every device; the capacity grows accordingly.
 
     Returns:
         A Routing of `capacity(...)` slots, a number that depends on shapes only. The slots in use come first, ascending by token,
@@ -84,7 +93,7 @@ def token_rounding(
     check_choice(num_experts, k, scoring, scale, num_groups, groups_per_token, group_score)
     check_rounding(tile_m, mode)
     check_finite(logits)
-    if hopper.supports(logits, k, groups_per_token):
+    if targets is None and hopper.supports(logits, k, groups_per_token):
         logits = logits.float()
         groups = (num_groups, groups_per_token, group_score)
         token_index, expert_index, token_offsets = _round_hopper(
@@ -103,7 +112,7 @@ def token_rounding(
         groups_per_token=groups_per_token,
         group_score=group_score,
     )
-    token_index, expert_index = _round(scores.detach(), chosen, tile_m, mode, generator)
+    token_index, expert_index = _round(scores.detach(), chosen, tile_m, mode, generator, targets)
     score = _final_scores(logits, scores, token_index, expert_index, scoring, renormalize) * scale
     return Routing(token_index, expert_index, score, num_tokens, num_experts, None)
 
@@ -119,7 +128,7 @@ def check_rounding(tile_m: int, mode: str) -> None:
 def capacity(num_tokens: int, num_experts: int, k: int, tile_m: int, mode: str) -> int:
     """The most rows that token rounding can end up with, a multiple of tile_m.
 
-    An expert gains at most ``_most_added`` rows and must have some to gain any: one, or half a tile for "nearest". "balanced" gains
+    An expert gains at most ``most_added`` rows and must have some to gain any: one, or half a tile for "nearest". "balanced" gains
     half a tile in total. No expert has more whole tiles than fit into T tokens.
     """
     chosen = num_tokens * k
@@ -127,8 +136,14 @@ def capacity(num_tokens: int, num_experts: int, k: int, tile_m: int, mode: str) 
         gained = tile_m // 2
     else:
         least = (tile_m + 1) // 2 if mode == "nearest" else 1
-        gained = min(num_experts, chosen // least) * _most_added(tile_m, mode)
+        gained = min(num_experts, chosen // least) * most_added(tile_m, mode)
     return min((chosen + gained) // tile_m, num_experts * (num_tokens // tile_m)) * tile_m
+
+
+def part_capacity(num_tokens: int, num_experts: int, k: int, tile_m: int, mode: str) -> int:
+    """The most rows that a part of the tokens can end up with: all that its experts gain may fall on it."""
+    gained = min(most_added(tile_m, mode), num_tokens)
+    return min(num_tokens * k + num_experts * gained, num_tokens * num_experts)
 
 
 def rounded_counts(counts: torch.Tensor, num_tokens: int, tile_m: int, mode: str, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -159,7 +174,7 @@ def _draws(counts: torch.Tensor, generator: torch.Generator | None) -> torch.Ten
     return torch.empty_like(counts, dtype=torch.float32).uniform_(generator=generator)
 
 
-def _most_added(tile_m: int, mode: str) -> int:
+def most_added(tile_m: int, mode: str) -> int:
     """How many rows an expert can gain."""
     return {"down": 0, "nearest": tile_m // 2}.get(mode, tile_m - 1)
 
@@ -185,7 +200,12 @@ def _round_hopper(
 
 @torch.no_grad()
 def _round(
-    scores: torch.Tensor, chosen: torch.Tensor, tile_m: int, mode: str, generator: torch.Generator | None
+    scores: torch.Tensor,
+    chosen: torch.Tensor,
+    tile_m: int,
+    mode: str,
+    generator: torch.Generator | None,
+    targets: Targets | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """token_index and expert_index of the final slots, from all scores (T, E) and the top-K choice (T, K)."""
     (num_tokens, num_experts), k = scores.shape, chosen.shape[1]
@@ -193,7 +213,12 @@ def _round(
     expert = chosen.flatten()
     token = torch.arange(num_tokens * k, device=device) // k
     counts, ends = count_cumsum(expert, num_experts)
-    target = rounded_counts(counts, num_tokens, tile_m, mode, generator)
+    if targets is None:
+        num_slots = capacity(num_tokens, num_experts, k, tile_m, mode)
+        target = rounded_counts(counts, num_tokens, tile_m, mode, generator)
+    else:
+        num_slots = part_capacity(num_tokens, num_experts, k, tile_m, mode)
+        target = targets(scores, chosen, counts)
 
     # A slot stays if its rank in its expert is below the target. Two stable sorts rank by (expert, -score, token).
     order = torch.sort(scores.gather(1, chosen).flatten(), descending=True, stable=True).indices
@@ -201,14 +226,14 @@ def _round(
     rank = torch.arange(order.shape[0], device=device) - (ends - counts)[expert[order]]
     stays = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < target[expert[order]])
 
-    candidates = min(_most_added(tile_m, mode), num_tokens)
+    candidates = min(most_added(tile_m, mode), num_tokens)
     unchosen = scores.scatter(1, chosen, -math.inf).t().contiguous()
     added = largest(unchosen, candidates)
     joins = torch.arange(candidates, device=device) < (target - counts).unsqueeze(1)
 
     expert = torch.cat([expert, torch.arange(num_experts, device=device).repeat_interleave(candidates)])
     token = torch.where(torch.cat([stays, joins.flatten()]), torch.cat([token, added.flatten()]), num_tokens)
-    first = torch.sort(token, stable=True).indices[: capacity(num_tokens, num_experts, k, tile_m, mode)]
+    first = torch.sort(token, stable=True).indices[:num_slots]
     token = token[first]
     expert = torch.where(token < num_tokens, expert[first], num_experts)
     return token.to(torch.int32), expert.to(torch.int32)

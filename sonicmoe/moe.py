@@ -2,7 +2,9 @@
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +28,31 @@ class RouterOutput(NamedTuple):
     """Scalar, see `routing.load_balance_loss`."""
     z_loss: torch.Tensor
     """Scalar, see `routing.router_z_loss`."""
+
+
+class Parallelism(Protocol):
+    """What takes the place of a layer's own work where its experts are spread over processes: see `sonicmoe.parallel`."""
+
+    def local(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
+        """This process's part of a parameter of the experts, differentiable."""
+
+    def route(self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None) -> Routing:
+        """In place of ``config.route``."""
+
+    def routed_experts(
+        self,
+        x: torch.Tensor,
+        w_up: torch.Tensor,
+        w_down: torch.Tensor,
+        routing: Routing,
+        *,
+        meanwhile: Callable[[], torch.Tensor] | None,
+        **options,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In place of `sonicmoe.routed_experts`; also the result of ``meanwhile``, called while tokens travel."""
+
+    def router_output(self, config: RouterConfig, logits: torch.Tensor, routing: Routing) -> RouterOutput:
+        """In place of the layer's own."""
 
 
 class MoE(nn.Module):
@@ -57,6 +84,7 @@ class MoE(nn.Module):
         w_up: (E, 2I, H), or (E, I, H) for an activation without a gate.
         w_down: (E, H, I).
         b_up, b_down: (E, 2I) or (E, I), and (E, H); None without ``bias``.
+        parallelism: None, or what spreads the experts over processes, set by `sonicmoe.parallel.expert_parallel`.
 
     Raises:
         ValueError, TypeError: an argument that cannot be, in one sentence.
@@ -92,6 +120,7 @@ class MoE(nn.Module):
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.activation, self.gate_up_layout = activation, gate_up_layout
         self.router_config, self.backend, self.main_grads = router, backend, main_grads
+        self.parallelism: Parallelism | None = None
         make = {"device": device, "dtype": dtype}
         up_rows = intermediate_size * (2 if is_gated(activation) else 1)
         self.router = Router(hidden_size, num_experts, selection_bias=selection_bias, **make)
@@ -113,8 +142,18 @@ class MoE(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, x: torch.Tensor, *, return_router: bool = False) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
-        """(..., H) -> (..., H), with ``return_router`` also a RouterOutput."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        return_router: bool = False,
+        shared_expert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
+        """(..., H) -> (..., H), with ``return_router`` also a RouterOutput.
+
+        ``shared_expert`` maps all tokens (T, H) to (T, H), which is added to the output. Where the experts are spread over
+        processes it runs while tokens travel.
+        """
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be (..., {self.hidden_size})")
         # Each access to a parameter of a module takes half a microsecond: one each.
@@ -123,30 +162,46 @@ class MoE(nn.Module):
         autocast = torch.is_autocast_enabled(device_type)
         if not autocast and x.dtype != w_up.dtype:
             raise TypeError(f"x has dtype {x.dtype}: must be the weights' {w_up.dtype} outside of autocast")
+        parallel = self.parallelism
+        if parallel is not None:
+            w_up, w_down, b_up, b_down = map(parallel.local, (w_up, w_down, b_up, b_down))
         tokens = narrow = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
         if autocast:
             dtype = torch.get_autocast_dtype(device_type)
             casts = (None if tensor is None else tensor.to(dtype) for tensor in (tokens, w_up, w_down, b_up, b_down))
             narrow, w_up, w_down, b_up, b_down = casts
+        options = {
+            "b_up": b_up,
+            "b_down": b_down,
+            "activation": self.activation,
+            "gate_up_layout": self.gate_up_layout,
+            "backend": self.backend,
+        }
+
+        def shared() -> torch.Tensor:
+            with torch.autocast(device_type, enabled=autocast):
+                return shared_expert(tokens)
+
         with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
             logits = router(tokens)
-            routing = self.router_config.route(logits, selection_bias=router.selection_bias)
-            out = routed_experts(
-                narrow,
-                w_up,
-                w_down,
-                routing,
-                b_up=b_up,
-                b_down=b_down,
-                activation=self.activation,
-                gate_up_layout=self.gate_up_layout,
-                backend=self.backend,
-                main_grads=self._main_grads() if self.main_grads else (None, None),
-            )
+            if parallel is None:
+                if self.main_grads:
+                    options["main_grads"] = self._main_grads()
+                routing = self.router_config.route(logits, selection_bias=router.selection_bias)
+                out = routed_experts(narrow, w_up, w_down, routing, **options)
+                added = None if shared_expert is None else shared()
+                router_output = self._router_output
+            else:
+                routing = parallel.route(self.router_config, logits, router.selection_bias)
+                meanwhile = None if shared_expert is None else shared
+                out, added = parallel.routed_experts(narrow, w_up, w_down, routing, meanwhile=meanwhile, **options)
+                router_output = partial(parallel.router_output, self.router_config)
+            if added is not None:
+                out = out + added
             if x.dim() != 2:
                 # Not a view, as reshape's result would be: FSDP2 hooks the output, and an in-place operation on a view drops the hooks.
                 out = torch.ops.aten._unsafe_view(out, x.shape)
-            return (out, self._router_output(logits, routing)) if return_router else out
+            return (out, router_output(logits, routing)) if return_router else out
 
     def _main_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The buffers of the weights that need a gradient now."""

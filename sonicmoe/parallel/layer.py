@@ -1,0 +1,103 @@
+"""A layer's work where its experts are spread over the processes of a group.
+
+Notation: W processes, T tokens of this process, H hidden size, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
+from sonicmoe.experts import routed_experts
+from sonicmoe.moe import RouterOutput
+from sonicmoe.parallel import exchange
+from sonicmoe.parallel.failures import naming_failures
+from sonicmoe.parallel.plan import chunk_bounds, plan_sends
+from sonicmoe.parallel.rounding import GlobalTargets
+from sonicmoe.parallel.transport import Transport
+
+
+@dataclass(frozen=True)
+class ExpertParallelism:
+    """The `sonicmoe.moe.Parallelism` of a layer; made by `sonicmoe.parallel.expert_parallel`."""
+
+    transport: Transport
+    chunks: int
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.transport.group
+
+    @property
+    def processes(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def local(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
+        """This process's experts of a parameter; a plain tensor is taken to be them already."""
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def route(self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None) -> Routing:
+        """This process's tokens, with token rounding over those of all processes."""
+        if config.method == "top_k" or self.processes == 1:
+            return config.route(logits, selection_bias=selection_bias)
+        targets = GlobalTargets(self.group, config.tile_m, config.mode)
+        return config.route(logits, selection_bias=selection_bias, targets=targets)
+
+    def routed_experts(
+        self,
+        x: torch.Tensor,
+        w_up: torch.Tensor,
+        w_down: torch.Tensor,
+        routing: Routing,
+        *,
+        meanwhile: Callable[[], torch.Tensor] | None = None,
+        **options,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`sonicmoe.routed_experts` for x (T, H) and this process's experts (E/W, ...), and what ``meanwhile`` returned.
+
+        A collective of the group: every process must call it as often, forward and backward, with any T. ``options`` are those of
+        `sonicmoe.routed_experts`.
+        """
+        if self.processes == 1:
+            return routed_experts(x, w_up, w_down, routing, **options), None if meanwhile is None else meanwhile()
+        experts, num_tokens = w_up.shape[0], x.shape[0]
+        if routing.num_experts != experts * self.processes:
+            raise ValueError(f"routing.num_experts={routing.num_experts}: must be {experts} experts here times {self.processes} processes")
+        bounds = chunk_bounds(num_tokens, self.chunks)
+        sends = plan_sends(routing, processes=self.processes, chunks=self.chunks)
+        most = min(experts, routing.slots_per_token or experts)
+        legs = self.transport.legs(sends.counts(self.chunks), num_tokens=num_tokens, slots_per_token=most)
+        parcels = [exchange.pack(sends, chunk, bounds, legs[chunk], self.transport) for chunk in range(self.chunks)]
+        pieces = x.split([parcel.num_tokens for parcel in parcels])
+        on_their_way = [exchange.depart(pieces[0], routing.score, parcels[0])]
+        added = None if meanwhile is None else meanwhile()
+        returning = []
+        for chunk, parcel in enumerate(parcels):
+            # The next chunk leaves before this one's experts begin, and so travels while they work.
+            if chunk + 1 < self.chunks:
+                on_their_way.append(exchange.depart(pieces[chunk + 1], routing.score, parcels[chunk + 1]))
+            rows, arrived = exchange.arrive(*on_their_way[chunk], parcel, experts)
+            y = routed_experts(rows, w_up, w_down, arrived, **options)
+            on_their_way[chunk] = None
+            returning.append(exchange.give_back(y, parcel))
+        landed = [exchange.land(copies, parcel) for copies, parcel in zip(returning, parcels, strict=True)]
+        return landed[0] if self.chunks == 1 else torch.cat(landed), added
+
+    def router_output(self, config: RouterConfig, logits: torch.Tensor, routing: Routing) -> RouterOutput:
+        """Counts over all processes, and losses whose mean over the processes is the loss over all tokens.
+
+        The load-balance loss weighs this process's probabilities with the rows of all processes. That is what a single device
+        computes for the same tokens, which the mean of losses over each process's own rows is not.
+        """
+        totals = torch.cat([expert_counts(routing), routing.expert_index.new_full((1,), logits.shape[0])]).long()
+        with naming_failures(self.group):
+            dist.all_reduce(totals, group=self.group)
+        counts, tokens = totals[:-1], totals[-1]
+        share = logits.shape[0] / tokens.clamp(min=1).to(logits.dtype)
+        balance = load_balance_loss(logits, routing, scoring=config.scoring, counts=counts)  # per token here, twice
+        return RouterOutput(
+            logits, routing, counts.int(), balance * share * share * self.processes, router_z_loss(logits) * share * self.processes
+        )
