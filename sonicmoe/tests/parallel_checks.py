@@ -1,0 +1,231 @@
+"""What the ranks of the expert-parallel tests run: each function is called on every rank of a `LocalGroup` of four."""
+
+import dataclasses
+import os
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from routing import RouterConfig
+from sonicmoe import MoE, accuracy, cases
+from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging
+from sonicmoe.thiek import Thiek
+
+SIZES = Thiek(T=90, H=32, I=16, E=8, K=3)
+ROUNDING = {"method": "token_rounding", "tile_m": 8}
+
+
+@cache
+def mesh(expert: int) -> DeviceMesh:
+    """(replicas, expert) over all four ranks."""
+    return init_device_mesh("cpu", (dist.get_world_size() // expert, expert), mesh_dim_names=("replicas", "expert"))
+
+
+def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float]]:
+    """Errors against the float64 oracle, [whole, worst block] of each tensor.
+
+    Args:
+        expert: size of the expert-parallel group.
+        split: tokens of each of its ranks.
+        options: dtype, k, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), those of `cases.make_case`, and
+            those of `expert_parallel`.
+    """
+    options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, **options}
+    dtype, k, router, everyone_to = (options.pop(name) for name in ("dtype", "k", "router", "everyone_to"))
+    of_case = {name: options.pop(name) for name in ("activation", "bias", "gate_up_layout") if name in options}
+    sizes = SIZES._replace(T=sum(split), K=k)
+    case = cases.make_case(sizes, seed=3, dtype=cases.DTYPES[dtype], router=RouterConfig(k=k, **router), **of_case)
+    if everyone_to is not None:
+        owner = torch.arange(SIZES.E) // (SIZES.E // expert) == everyone_to
+        weight = case.router_weight.abs() * torch.where(owner, 1.0, -1.0).to(case.x.dtype).unsqueeze(1)
+        case = dataclasses.replace(case, x=case.x.abs(), router_weight=weight)
+    got, routing = judging.run(case, mesh(expert)["expert"], split, **options)
+    found = accuracy.measure_all(got, case.oracle(routing))
+    return {name: [error.whole, error.worst_block] for name, error in found.items()}
+
+
+def rounding_agrees(expert: int, split: list[int], mode: str, tile_m: int, ties: bool) -> bool:
+    """Token rounding over all processes chooses what it chooses on one device, token by token and bit by bit."""
+    config = RouterConfig(k=2, method="token_rounding", mode=mode, tile_m=tile_m, renormalize=True)
+    logits = torch.randn(sum(split), SIZES.E, generator=torch.Generator().manual_seed(5))
+    if ties:
+        logits = logits.round()
+    torch.manual_seed(7)  # of "stochastic" on the first rank
+    expected = config.route(logits)
+    layer = expert_parallel(MoE(32, 16, SIZES.E, 2, router=config), mesh(expert)["expert"])
+    own = judging.own_tokens(split, mesh(expert)["expert"].get_local_rank())
+    torch.manual_seed(7 if mesh(expert)["expert"].get_local_rank() == 0 else dist.get_rank())
+    got = layer.parallelism.route(config, logits[own], None)
+    live = (expected.token_index >= own.start) & (expected.token_index < own.stop) & (expected.expert_index < SIZES.E)
+    used = got.expert_index < SIZES.E
+    return all(
+        torch.equal(one, other)
+        for one, other in (
+            (got.token_index[used] + own.start, expected.token_index[live]),
+            (got.expert_index[used], expected.expert_index[live]),
+            (got.score[used], expected.score[live]),
+        )
+    )
+
+
+def copies_and_pairs(expert: int) -> tuple[int, int]:
+    """(rows that this rank sends, pairs of a token and a rank that has one of its experts)."""
+    layer = expert_parallel(_layer(), mesh(expert)["expert"], chunks=2)
+    transport, counted = layer.parallelism.transport, []
+    legs = transport.legs
+    transport.legs = lambda counts, **more: (counted.append(counts), legs(counts, **more))[1]
+    x = torch.randn(40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    _, router = layer(x, return_router=True)
+    owners = router.routing.expert_index.view(40, -1) // (SIZES.E // expert)
+    return counted[0][..., 0].sum().item(), sum(len(set(row)) for row in owners.tolist())
+
+
+def _layer(seed: int = 0, **options) -> MoE:
+    torch.manual_seed(seed)
+    return MoE(32, 16, SIZES.E, SIZES.K, dtype=torch.float64, **options)
+
+
+def shared_expert_runs_meanwhile() -> list[str]:
+    """The order in which tokens leave, arrive and the shared expert runs; also checks the sum and its gradient."""
+    own = mesh(4)["expert"]
+    layer = expert_parallel(_layer(), own)
+    transport, events = layer.parallelism.transport, []
+    start = transport.start
+
+    def recorded_start(leg, rows):
+        flight = start(leg, rows)
+        wait = flight.wait
+        events.append("start")
+        flight.wait = lambda: (events.append("wait"), wait())[1]
+        return flight
+
+    transport.start = recorded_start
+    weight = torch.full((32,), 2.0, dtype=torch.float64, requires_grad=True)
+
+    def shared(tokens: torch.Tensor) -> torch.Tensor:
+        events.append("shared")
+        return tokens * weight
+
+    x = torch.randn(12, 32, dtype=torch.float64)
+    out = layer(x, shared_expert=shared)
+    order = list(events)
+    torch.testing.assert_close(out.detach(), layer(x).detach() + 2 * x)
+    out.sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0))
+    return order
+
+
+def losses_average_to_the_single_device(split: list[int]) -> None:
+    """Counts of all processes, and losses whose mean over the processes is the single device's, gradients included."""
+    own_mesh = mesh(2)["expert"]
+    x = torch.randn(sum(split), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    single = _layer()
+    _, expected = single(x, return_router=True)
+    (expected.load_balance_loss + expected.z_loss).backward()
+    layer = expert_parallel(_layer(), own_mesh)
+    _, got = layer(x[judging.own_tokens(split, own_mesh.get_local_rank())], return_router=True)
+    torch.testing.assert_close(got.counts, expected.counts)
+    (got.load_balance_loss + got.z_loss).backward()
+    mean = torch.cat([torch.stack([got.load_balance_loss, got.z_loss]).detach(), layer.router.weight.grad.flatten()])
+    dist.all_reduce(mean, group=own_mesh.get_group())
+    wanted = torch.cat([torch.stack([expected.load_balance_loss, expected.z_loss]).detach(), single.router.weight.grad.flatten()])
+    torch.testing.assert_close(mean / 2, wanted)
+
+
+def style_equals_function() -> None:
+    """parallelize_module with the style: DTensor shards of rank 0's values under the single device's names."""
+    model = torch.nn.Sequential(_layer(seed=dist.get_rank(), bias=True, selection_bias=True))
+    names = list(model.state_dict())
+    parallelize_module(model, mesh(4)["expert"], {"0": ExpertParallel(chunks=2)})
+    assert list(model.state_dict()) == names
+    expected = _layer(seed=0, bias=True, selection_bias=True)
+    for name, parameter in expected.named_parameters():
+        own = model[0].get_parameter(name)
+        if name != "router.weight":
+            assert isinstance(own, DTensor) and own.placements == (Shard(0),) and own.shape == parameter.shape
+            assert own.to_local().shape[0] == SIZES.E // 4
+            own = own.full_tensor()
+        torch.testing.assert_close(own.detach(), parameter.detach(), rtol=0, atol=0)
+
+
+def trains_with_fsdp() -> None:
+    """Two steps of SGD under FSDP2, 2 replicas of 2 expert-parallel ranks, are those of one device on all tokens."""
+    whole = mesh(2)
+    data = whole["replicas", "expert"]._flatten("data")
+    x = torch.randn(4, 10, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    single = torch.nn.Sequential(torch.nn.Linear(32, 32, dtype=torch.float64), _layer())
+    torch.manual_seed(9)
+    single[0].reset_parameters()
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32, dtype=torch.float64), _layer())
+    model.load_state_dict(single.state_dict())
+    expert_parallel(model[1], whole["expert"], chunks=2)
+    fully_shard_layer(model[1], data_mesh=data, replicas_mesh=whole["replicas"])
+    fully_shard(model, mesh=data)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5, foreach=False) for each in (single, model)]
+    for _ in range(2):
+        single(x.flatten(0, 1)).square().mean().backward()
+        model(x[dist.get_rank()]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in single.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).full_tensor().detach(), parameter.detach())
+
+
+def save_on_two(folder: str) -> None:
+    """The first expert-parallel pair writes a checkpoint of its layer."""
+    own = mesh(2)["expert"]
+    layer = expert_parallel(_layer(seed=4, bias=True), own)
+    if dist.get_rank() < 2:
+        checkpoint.save(layer.state_dict(), checkpoint_id=folder, process_group=own.get_group())
+    dist.barrier()
+
+
+def load_on_four_and_on_one(folder: str) -> None:
+    """What two ranks saved, four read as their shards; and one reads into a plain layer."""
+    expected = _layer(seed=4, bias=True).state_dict()
+    four = expert_parallel(_layer(seed=5, bias=True), mesh(4)["expert"])
+    state = four.state_dict()
+    checkpoint.load(state, checkpoint_id=folder, process_group=mesh(4)["expert"].get_group())
+    four.load_state_dict(state)
+    for name, value in four.state_dict().items():
+        torch.testing.assert_close(value.full_tensor() if isinstance(value, DTensor) else value, expected[name], rtol=0, atol=0)
+    alone = _layer(seed=6, bias=True)
+    state = alone.state_dict()
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    alone.load_state_dict(state)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def refusal(option: str, value: object) -> str:
+    """What `expert_parallel` says to an argument that cannot be."""
+    own, layer, options = mesh(4)["expert"], _layer(), {}
+    if option == "num_experts":
+        layer = MoE(32, 16, value, 2)
+    elif option == "mesh":
+        own = mesh(2)
+    elif option == "layer":
+        layer = torch.nn.Linear(2, 2) if value == "linear" else expert_parallel(layer, own)
+    else:
+        options = {option: value} if option != "transport" or value != "symmetric_memory" else {option: value, "max_tokens": 8}
+    try:
+        expert_parallel(layer, own, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def last_rank_dies(roll_call_s: float) -> None:
+    """The last rank leaves without a word while the others wait for its tokens."""
+    failures.ROLL_CALL_S = roll_call_s
+    layer = expert_parallel(_layer(), mesh(4)["expert"])
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(1)
+    layer(torch.randn(5, 32, dtype=torch.float64))

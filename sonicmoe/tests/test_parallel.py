@@ -1,0 +1,151 @@
+"""Expert parallelism on four processes of this machine, with gloo. Groups of 1 and 2 are parts of the same four."""
+
+import pytest
+import torch
+
+from routing import Routing
+from sonicmoe import accuracy
+from sonicmoe.cases import DTYPES
+from sonicmoe.parallel.local import LocalGroup
+from sonicmoe.parallel.plan import chunk_bounds, plan_sends
+from sonicmoe.tests import parallel_checks as checks
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with LocalGroup(4, timeout_s=30) as group:
+        yield group
+
+
+def test_plan_of_the_docstring():
+    expert_index = torch.tensor([0, 1, 2, 0, 3, 9], dtype=torch.int32)
+    routing = Routing(torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32), expert_index, torch.ones(6), 3, 4, 2)
+    sends = plan_sends(routing, processes=2, chunks=1)
+    assert sends.slot.tolist() == [0, 1, 3, 2, 4, 0]
+    assert sends.position.tolist() == [0, 0, 1, 0, 1, 0]
+    assert sends.expert.tolist() == [0, 1, 0, 0, 1, 0]
+    assert sends.copy_token.tolist() == [0, 1, 1, 2, 3, 3]
+    assert sends.counts(1).tolist() == [[[2, 3], [2, 2]]]
+
+
+@pytest.mark.parametrize("slots_per_token", [3, None], ids=["sorted by token", "in any order"])
+def test_plan_sends_each_token_once_to_each_process(slots_per_token: int | None):
+    """Against sets of pairs, with sentinels, chunks of unequal size and processes that get nothing."""
+    T, E, K, W, C = 23, 12, 3, 4, 3
+    generator = torch.Generator().manual_seed(0)
+    token = torch.arange(T * K, dtype=torch.int32) // K
+    expert = torch.randint(0, E + 2, (T * K,), generator=generator, dtype=torch.int32)
+    expert[(expert >= 6) & (expert < 9)] = -1  # process 2 gets nothing
+    if slots_per_token is None:
+        order = torch.randperm(T * K, generator=generator)
+        token, expert = token[order], expert[order]
+    sends = plan_sends(Routing(token, expert, torch.ones(T * K), T, E, slots_per_token), processes=W, chunks=C)
+    bounds = chunk_bounds(T, C)
+    assert bounds == [0, 7, 15, 23]
+    for bucket in range(C * W):
+        chunk, process = divmod(bucket, W)
+        slots = sends.slot[sends.slot_offsets[bucket] : sends.slot_offsets[bucket + 1]]
+        wanted = [
+            slot
+            for slot in range(T * K)
+            if bounds[chunk] <= token[slot] < bounds[chunk + 1] and 0 <= expert[slot] < E and expert[slot] // 3 == process
+        ]
+        assert sorted(slots.tolist()) == wanted
+        copies = sends.copy_token[sends.copy_offsets[bucket] : sends.copy_offsets[bucket + 1]]
+        assert copies.tolist() == sorted(set(token[wanted].tolist()))
+        own = slice(sends.slot_offsets[bucket], sends.slot_offsets[bucket + 1])
+        assert torch.equal(copies[sends.position[own].long()], token[slots].long())
+        assert torch.equal(sends.expert[own], expert[slots] % 3)
+
+
+EQUALITY = {
+    "1 rank": (1, [30], {}),
+    "2 ranks": (2, [50, 40], {"bias": True}),
+    "4 ranks": (4, [20, 25, 15, 30], {"chunks": 3, "gate_up_layout": "concatenated"}),
+    "4 ranks, an activation without a gate": (4, [9, 9, 9, 9], {"activation": "gelu", "bias": True}),
+    "ranks without tokens": (4, [0, 31, 0, 2], {"chunks": 2}),
+    "no tokens at all": (4, [0, 0, 0, 0], {}),
+    "fewer tokens than chunks": (4, [1, 2, 0, 1], {"chunks": 3}),
+    "everyone to one rank": (4, [20, 25, 15, 30], {"everyone_to": 2, "k": 2}),
+    "token rounding": (4, [20, 25, 15, 30], {"router": checks.ROUNDING, "chunks": 2}),
+    "token rounding, renormalized sigmoid": (2, [50, 40], {"router": {**checks.ROUNDING, "scoring": "sigmoid", "renormalize": True}}),
+    "token rounding that drops every row": (2, [3, 2], {"router": checks.ROUNDING}),
+}
+
+
+@pytest.mark.parametrize("name", EQUALITY)
+def test_equals_the_single_device(ranks: LocalGroup, name: str):
+    """Outputs and every gradient in float64, against the oracle on all tokens."""
+    expert, split, options = EQUALITY[name]
+    for found in ranks.run(checks.errors, expert, split, options):
+        assert found.keys() >= {"o", "dx", "dw_up", "dw_down", "drouter"}
+        assert all(whole <= 1e-13 and worst <= 1e-12 for whole, worst in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_equals_the_single_device_in_low_precision(ranks: LocalGroup, dtype: str):
+    for found in ranks.run(checks.errors, 4, [20, 25, 15, 30], {"dtype": dtype, "bias": True, "chunks": 2}):
+        limit = accuracy.THRESHOLDS[DTYPES[dtype]]
+        assert all(whole <= limit.whole and worst <= limit.worst_block for whole, worst in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("mode", "tile_m", "ties"),
+    [("nearest", 8, False), ("nearest", 8, True), ("up", 16, True), ("down", 16, True), ("balanced", 8, False), ("stochastic", 8, False), ("up", 1, False)],
+)
+def test_token_rounding_chooses_what_one_device_chooses(ranks: LocalGroup, mode: str, tile_m: int, ties: bool):
+    assert all(ranks.run(checks.rounding_agrees, 4, [20, 0, 37, 7], mode, tile_m, ties))
+
+
+def test_a_token_travels_once_to_each_rank(ranks: LocalGroup):
+    for copies, pairs in ranks.run(checks.copies_and_pairs, 2):
+        assert copies == pairs
+        assert copies < 40 * checks.SIZES.K
+
+
+def test_shared_expert_runs_while_tokens_travel(ranks: LocalGroup):
+    for order in ranks.run(checks.shared_expert_runs_meanwhile):
+        assert order[:3] == ["start", "start", "shared"]
+
+
+@pytest.mark.parametrize("split", [[8, 8], [12, 5], [7, 0]], ids=str)
+def test_losses_average_to_the_single_device(ranks: LocalGroup, split: list[int]):
+    ranks.run(checks.losses_average_to_the_single_device, split)
+
+
+def test_style_gives_shards_under_the_same_names(ranks: LocalGroup):
+    ranks.run(checks.style_equals_function)
+
+
+def test_trains_with_fsdp_as_one_device_does(ranks: LocalGroup):
+    ranks.run(checks.trains_with_fsdp)
+
+
+def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(ranks: LocalGroup, tmp_path):
+    ranks.run(checks.save_on_two, str(tmp_path))
+    ranks.run(checks.load_on_four_and_on_one, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("num_experts", 6, "ValueError: num_experts=6: must be a multiple of the 4 processes of the mesh"),
+        ("mesh", "two dimensions", "ValueError: mesh has 2 dimensions ('replicas', 'expert'): must have one, such as mesh[\"expert\"]"),
+        ("layer", "linear", "TypeError: layer is a Linear: must be a sonicmoe.MoE"),
+        ("layer", "twice", "ValueError: layer: its experts are spread over processes already"),
+        ("chunks", 0, "ValueError: chunks=0: must be an int, at least 1"),
+        ("transport", "pigeon", "ValueError: transport='pigeon': must be one of all_to_all, symmetric_memory"),
+        ("transport", "symmetric_memory", "RuntimeError: transport=\"symmetric_memory\": needs"),
+    ],
+)
+def test_refusals(ranks: LocalGroup, option: str, value: object, message: str):
+    for said in ranks.run(checks.refusal, option, value):
+        assert said.startswith(message)
+
+
+def test_a_dead_rank_is_named_by_the_others(ranks: LocalGroup):
+    """The last test of this file: it leaves the group with three ranks."""
+    *alive, dead = ranks.errors(checks.last_rank_dies, 2.0)
+    assert dead is None
+    for rank, line in enumerate(alive):
+        assert f"rank {rank}: a collective of ranks 0 to 3 failed: rank 3 was not heard of within 2 s and may have died" in line
