@@ -9,8 +9,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertParallel", "PeerError", "expert_parallel", "fully_shard_layer"]
 
-_HOMES = {name: "sonicmoe.parallel.apply" for name in ("ExpertParallel", "expert_parallel", "fully_shard_layer")}
-_HOMES["PeerError"] = "sonicmoe.parallel.failures"
+_HOMES = {
+    "ExpertParallel": "sonicmoe.parallel.apply",
+    "PeerError": "sonicmoe.parallel.failures",
+    "expert_parallel": "sonicmoe.parallel.apply",
+    "fully_shard_layer": "sonicmoe.parallel.apply",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -23,6 +23,7 @@ def expert_parallel(
     transport: str | Transport = "all_to_all",
     chunks: int = 1,
     max_tokens: int | None = None,
+    capacity: float | None = None,
     src_data_rank: int | None = 0,
 ) -> MoE:
     """Give each process of a mesh E/W neighbouring experts of the layer, which from then on sends tokens to their experts.
@@ -40,6 +41,7 @@ def expert_parallel(
             the device; or a `Transport` of the mesh's group.
         chunks: tokens travel in as many parts, one part's journey under another's products.
         max_tokens: the most tokens a process will pass; symmetric memory is sized by it, and all processes must name the same.
+        capacity: of symmetric memory, see `sonicmoe.parallel.symmetric.SymmetricMemory`; None is the worst case.
         src_data_rank: the rank within the mesh whose values count; None trusts that all processes hold the same.
 
     Returns:
@@ -49,7 +51,7 @@ def expert_parallel(
         ValueError, TypeError: what cannot be, in one sentence, before anything is changed.
     """
     _check(layer, mesh, chunks)
-    own = _transport(transport, layer, mesh, chunks, max_tokens)
+    own = _transport(transport, mesh, chunks, max_tokens, capacity)
     for name in EXPERT_PARAMETERS:
         parameter = getattr(layer, name)
         if parameter is not None:
@@ -66,9 +68,11 @@ def expert_parallel(
 class ExpertParallel(ParallelStyle):
     """`expert_parallel` for `torch.distributed.tensor.parallel.parallelize_module`; the arguments are those of the function."""
 
-    def __init__(self, *, transport: str = "all_to_all", chunks: int = 1, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, *, transport: str = "all_to_all", chunks: int = 1, max_tokens: int | None = None, capacity: float | None = None
+    ) -> None:
         super().__init__()
-        self.options = {"transport": transport, "chunks": chunks, "max_tokens": max_tokens}
+        self.options = {"transport": transport, "chunks": chunks, "max_tokens": max_tokens, "capacity": capacity}
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return expert_parallel(module, device_mesh, src_data_rank=self.src_data_rank, **self.options)
@@ -108,7 +112,7 @@ def _check(layer: MoE, mesh: DeviceMesh, chunks: int) -> None:
         raise ValueError(f"chunks={chunks!r}: must be an int, at least 1")
 
 
-def _transport(transport: str | Transport, layer: MoE, mesh: DeviceMesh, chunks: int, max_tokens: int | None) -> Transport:
+def _transport(transport: str | Transport, mesh: DeviceMesh, chunks: int, max_tokens: int | None, capacity: float | None) -> Transport:
     if not isinstance(transport, str):
         return transport
     if transport not in TRANSPORTS:
@@ -119,5 +123,5 @@ def _transport(transport: str | Transport, layer: MoE, mesh: DeviceMesh, chunks:
 
     if max_tokens is None or max_tokens < 1:
         raise ValueError(f'max_tokens={max_tokens}: must be at least 1 for transport="symmetric_memory"')
-    device = torch.device(mesh.device_type)
-    return SymmetricMemory(mesh.get_group(), device, chunk_tokens=-(-max_tokens // chunks))
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
+    return SymmetricMemory(mesh.get_group(), device, chunk_tokens=-(-max_tokens // chunks), capacity=capacity)

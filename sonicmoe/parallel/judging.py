@@ -46,7 +46,7 @@ def run_layer(layer: MoE, case: Case, mesh: DeviceMesh, split: Sequence[int]) ->
     parameters = dict(layer.named_parameters())
     gradients = torch.autograd.grad(out, [x, *parameters.values()], case.dout[own])
     result = {"o": _whole(out.detach(), case.x.shape, own, group), "dx": _whole(gradients[0], case.x.shape, own, group)}
-    for (name, parameter), gradient in zip(parameters.items(), gradients[1:], strict=True):
+    for name, gradient in zip(parameters, gradients[1:], strict=True):
         if name == "router.weight":  # each process has the gradient of its own tokens
             total = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             dist.all_reduce(total, group=group)

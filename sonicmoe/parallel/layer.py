@@ -68,8 +68,8 @@ class ExpertParallelism:
             raise ValueError(f"routing.num_experts={routing.num_experts}: must be {experts} experts here times {self.processes} processes")
         bounds = chunk_bounds(num_tokens, self.chunks)
         sends = plan_sends(routing, processes=self.processes, chunks=self.chunks)
-        most = min(experts, routing.slots_per_token or experts)
-        legs = self.transport.legs(sends.counts(self.chunks), num_tokens=num_tokens, slots_per_token=most)
+        counts = sends.counts(self.chunks)
+        legs = self.transport.legs(counts, num_tokens=num_tokens, slots_per_token=routing.slots_per_token, experts=experts)
         parcels = [exchange.pack(sends, chunk, bounds, legs[chunk], self.transport) for chunk in range(self.chunks)]
         pieces = x.split([parcel.num_tokens for parcel in parcels])
         on_their_way = [exchange.depart(pieces[0], routing.score, parcels[0])]

@@ -6,7 +6,8 @@ Training runs under torchrun; this keeps a group alive between calls, because a 
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -83,10 +84,8 @@ class LocalGroup:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            try:
+            with suppress(OSError):
                 pipe.send(None)
-            except OSError:
-                pass
         for process in self.processes:
             process.join(timeout=10)
             if process.is_alive():
@@ -127,8 +126,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def split_evenly(total: int, parts: int) -> Sequence[int]:
-    """``total`` in ``parts`` that differ by at most one."""
-    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]

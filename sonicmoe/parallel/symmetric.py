@@ -1,2 +1,164 @@
+"""The transport whose sizes stay on the device: torch's symmetric memory and its all_to_all_vdev (NVSHMEM).
+
+No host read, so that a layer can be captured in a CUDA graph; in return every buffer has a fixed size, the worst case unless a
+capacity is named. Rows behind those that came are padding: their slots are sentinels, which the experts skip.
+
+Protocol of `torch.ops.symm_mem.all_to_all_vdev(input, out, in_splits, out_splits_offsets, group)`: every process writes its splits
+and offsets into its peers' ``out_splits_offsets``, all meet in a barrier on the device, and each then reads its rows out of its
+peers' ``input``. A process may be one exchange ahead of a peer that still reads: so there are two sets of everything that a
+peer touches, used in turn, and the barrier of the exchange between two uses of a set is what makes reuse safe. ``out`` is the
+process's own; rows are copied out of it, as those of the next exchange overwrite it.
+NVLink multicast is not used; `sonicmoe.parallel.launch` switches it off for the process.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sonicmoe.parallel.failures import naming_failures
+from sonicmoe.parallel.transport import Leg
+
+_ROW_BYTES = 64
+"""all_to_all_vdev cuts what it reads from a peer into up to 64 equal parts and gives up where that does not come out even."""
+
+_ARGUMENTS = ("input", "out", "in_splits", "out_splits_offsets", "group_name")
+
+Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str], None]
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why this transport cannot run here, or None."""
+    if device.type != "cuda":
+        return f"the mesh is on {device.type}, must be on GPUs"
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    if not symmetric_memory.is_nvshmem_available():
+        return f"torch {torch.__version__} does not find NVSHMEM, which its CUDA builds bring along"
+    try:
+        arguments = tuple(argument.name for argument in torch.ops.symm_mem.all_to_all_vdev.default._schema.arguments)
+    except AttributeError:
+        arguments = ()
+    if arguments != _ARGUMENTS:
+        return f"torch {torch.__version__} has no symm_mem.all_to_all_vdev({', '.join(_ARGUMENTS)}), 2.9 and later do"
+    return None
+
+
 class SymmetricMemory:
-    def __init__(self,*a,**k): raise RuntimeError('transport="symmetric_memory": needs')
+    """See the module.
+
+    Args:
+        group: of the processes.
+        device: of the rows.
+        chunk_tokens: the most tokens of one chunk on any process.
+        capacity: the most copies, and slots, that a process receives, as a multiple of its even share; None is the worst case,
+            everything to one process. More than that stops the device with an assertion before anything is overwritten. Token
+            rounding takes the worst case.
+
+    Raises:
+        ValueError: it cannot run here, in one sentence.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, chunk_tokens: int, capacity: float | None = None) -> None:
+        reason = why_not(device)
+        if reason:
+            raise ValueError(f'transport="symmetric_memory": {reason}')
+        if capacity is not None and not capacity >= 1:
+            raise ValueError(f"capacity={capacity}: must be at least 1, an even share")
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        symmetric_memory.set_backend("NVSHMEM")
+        self._init(group, chunk_tokens, capacity, torch.ops.symm_mem.all_to_all_vdev, symmetric_memory.empty)
+        self._side = torch.cuda.Stream(device)
+
+    def _init(self, group, chunk_tokens: int, capacity: float | None, operation: Operation, empty: Callable[..., torch.Tensor]) -> None:
+        self.group, self.chunk_tokens, self.capacity = group, chunk_tokens, capacity
+        self._operation, self._empty, self._side = operation, empty, None
+        self._channels: dict[int, _Channel] = {}
+
+    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int | None, experts: int) -> list[tuple[Leg, Leg]]:
+        chunks, processes, _ = counts.shape
+        if -(-num_tokens // chunks) > self.chunk_tokens:
+            raise ValueError(f"x has {num_tokens} tokens: must be at most max_tokens={self.chunk_tokens * chunks} with this transport")
+        outgoing = counts.transpose(0, 1).contiguous()
+        incoming = torch.empty_like(outgoing)
+        with naming_failures(self.group):
+            dist.all_to_all_single(incoming, outgoing, group=self.group)  # equal parts: nothing to read on the host
+        most_here = min(experts, slots_per_token or experts)
+        most_slots = slots_per_token or experts * processes
+        rows = (
+            (self.chunk_tokens * min(processes, most_slots), processes * self.chunk_tokens),
+            (self.chunk_tokens * most_slots, processes * self.chunk_tokens * most_here),
+        )
+        if self.capacity is not None and slots_per_token is not None:
+            rows = tuple((sent, min(received, math.ceil(self.capacity * sent))) for sent, received in rows)
+            for kind, (_, received) in enumerate(rows):
+                fits = (incoming[..., kind].sum(0) <= received).all()
+                torch._assert_async(fits, "expert parallelism: more rows arrive than capacity allows")
+        sent, received = outgoing.permute(1, 2, 0).contiguous(), incoming.permute(1, 2, 0).contiguous()  # (C, 2, W)
+        return [tuple(Leg(sent[chunk, kind], received[chunk, kind], *rows[kind]) for kind in range(2)) for chunk in range(chunks)]
+
+    def start(self, leg: Leg, rows: torch.Tensor) -> "_SideFlight":
+        received = rows.new_empty(leg.receive_rows, rows.shape[1])
+        stride = -(-rows.shape[1] * rows.element_size() // _ROW_BYTES) * _ROW_BYTES
+        channel = self._channel(stride, max(leg.send_rows, leg.receive_rows), rows.device)
+        if self._side is None:
+            self._exchange(channel, leg, rows, received)
+            return _SideFlight(received, rows, None)
+        # The flight keeps both tensors alive until the current stream has waited for this one.
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._exchange(channel, leg, rows, received)
+            event = self._side.record_event()
+        return _SideFlight(received, rows, event)
+
+    def _exchange(self, channel: "_Channel", leg: Leg, rows: torch.Tensor, received: torch.Tensor) -> None:
+        source, splits, offsets = channel.next_set()
+        in_bytes, out_bytes = rows.view(torch.uint8), received.view(torch.uint8)
+        source[: rows.shape[0], : in_bytes.shape[1]] = in_bytes
+        splits.copy_(leg.sent)
+        with naming_failures(self.group):
+            self._operation(source, channel.out, splits, offsets, self.group.group_name)
+        out_bytes.copy_(channel.out[: received.shape[0], : out_bytes.shape[1]])
+
+    def _channel(self, stride: int, rows: int, device: torch.device) -> "_Channel":
+        """The buffers for rows of ``stride`` bytes; made, or made larger, on first use, as a collective of the group."""
+        channel = self._channels.get(stride)
+        if channel is None or channel.out.shape[0] < rows:
+            processes = dist.get_world_size(self.group)
+
+            def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+                return self._empty(*shape, dtype=dtype, device=device)
+
+            def make_set() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                splits, offsets = make(processes, dtype=torch.int64), make(2, processes, dtype=torch.int64)
+                return make(rows, stride, dtype=torch.uint8), splits, offsets
+
+            channel = self._channels[stride] = _Channel(make(rows, stride, dtype=torch.uint8), [make_set(), make_set()])
+        return channel
+
+
+@dataclass
+class _Channel:
+    out: torch.Tensor
+    """(rows, stride) bytes."""
+    sets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """Two of (rows to send, their splits (W,), what arrives: splits and offsets (2, W)), used in turn."""
+    used: int = 0
+
+    def next_set(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.used += 1
+        return self.sets[self.used % 2]
+
+
+class _SideFlight:
+    def __init__(self, rows: torch.Tensor, sent: torch.Tensor, event: "torch.cuda.Event | None") -> None:
+        self.rows, self._sent, self._event = rows, sent, event
+
+    def wait(self) -> torch.Tensor:
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+        self._sent = None
+        return self.rows

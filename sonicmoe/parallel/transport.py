@@ -41,7 +41,7 @@ class Flight(Protocol):
     """Rows on their way."""
 
     rows: torch.Tensor
-    """Where they will be: (receive_rows, ...), not to be read before `wait`."""
+    """Where they will be: (receive_rows, n), not to be read before `wait`."""
 
     def wait(self) -> torch.Tensor:
         """``rows``, in order on the current stream (on a CPU: when they have arrived)."""
@@ -52,17 +52,18 @@ class Transport(Protocol):
 
     group: dist.ProcessGroup
 
-    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int) -> list[tuple[Leg, Leg]]:
+    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int | None, experts: int) -> list[tuple[Leg, Leg]]:
         """The legs of copies and of slots for each chunk.
 
         Args:
             counts: (C, W, 2) int64: copies and slots of each chunk to each process.
             num_tokens: T of this process.
-            slots_per_token: the most slots of one token on one process.
+            slots_per_token: K, or None where it differs from token to token.
+            experts: those of one process.
         """
 
     def start(self, leg: Leg, rows: torch.Tensor) -> Flight:
-        """Send ``rows`` (send_rows, ...), contiguous, along a leg; they must stay as they are until `Flight.wait`."""
+        """Send ``rows`` (send_rows, n), contiguous, along a leg; they must stay as they are until `Flight.wait`."""
 
 
 class AllToAll:
@@ -71,8 +72,8 @@ class AllToAll:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int) -> list[tuple[Leg, Leg]]:
-        chunks, processes, kinds = counts.shape
+    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int | None, experts: int) -> list[tuple[Leg, Leg]]:
+        chunks, _, kinds = counts.shape
         outgoing = counts.transpose(0, 1).contiguous()
         incoming = torch.empty_like(outgoing)
         with naming_failures(self.group):
@@ -80,13 +81,15 @@ class AllToAll:
             both = torch.stack([outgoing, incoming])  # (2, W, C, 2)
             sizes = both.permute(2, 3, 0, 1).tolist()  # the one host read
         device = both.permute(2, 3, 0, 1).contiguous()
-        return [
-            tuple(Leg(*device[chunk, kind], sum(sizes[chunk][kind][0]), sum(sizes[chunk][kind][1]), *sizes[chunk][kind]) for kind in range(kinds))
-            for chunk in range(chunks)
-        ]
+
+        def leg(chunk: int, kind: int) -> Leg:
+            sent, received = sizes[chunk][kind]
+            return Leg(*device[chunk, kind], sum(sent), sum(received), sent, received)
+
+        return [tuple(leg(chunk, kind) for kind in range(kinds)) for chunk in range(chunks)]
 
     def start(self, leg: Leg, rows: torch.Tensor) -> "_Work":
-        received = rows.new_empty(leg.receive_rows, *rows.shape[1:])
+        received = rows.new_empty(leg.receive_rows, rows.shape[1])
         with naming_failures(self.group):
             work = dist.all_to_all_single(received, rows, leg.host_received, leg.host_sent, group=self.group, async_op=True)
         return _Work(received, rows, work, self.group)

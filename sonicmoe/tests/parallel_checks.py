@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -15,16 +16,21 @@ from torch.distributed.tensor.parallel import parallelize_module
 from routing import RouterConfig
 from sonicmoe import MoE, accuracy, cases
 from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging
+from sonicmoe.parallel.symmetric import SymmetricMemory
 from sonicmoe.thiek import Thiek
 
 SIZES = Thiek(T=90, H=32, I=16, E=8, K=3)
 ROUNDING = {"method": "token_rounding", "tile_m": 8}
 
 
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 @cache
 def mesh(expert: int) -> DeviceMesh:
-    """(replicas, expert) over all four ranks."""
-    return init_device_mesh("cpu", (dist.get_world_size() // expert, expert), mesh_dim_names=("replicas", "expert"))
+    """(replicas, expert) over all ranks."""
+    return init_device_mesh(device().type, (dist.get_world_size() // expert, expert), mesh_dim_names=("replicas", "expert"))
 
 
 def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float]]:
@@ -33,21 +39,42 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
     Args:
         expert: size of the expert-parallel group.
         split: tokens of each of its ranks.
-        options: dtype, k, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), those of `cases.make_case`, and
-            those of `expert_parallel`.
+        options: dtype, k, sizes, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), those of
+            `cases.make_case`, and those of `expert_parallel`; capacity stands for a `PaddedOnCpu` transport.
     """
     options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, **options}
     dtype, k, router, everyone_to = (options.pop(name) for name in ("dtype", "k", "router", "everyone_to"))
     of_case = {name: options.pop(name) for name in ("activation", "bias", "gate_up_layout") if name in options}
-    sizes = SIZES._replace(T=sum(split), K=k)
-    case = cases.make_case(sizes, seed=3, dtype=cases.DTYPES[dtype], router=RouterConfig(k=k, **router), **of_case)
+    sizes = options.pop("sizes", SIZES)._replace(T=sum(split), K=k)
+    router = RouterConfig(k=k, **router)
+    case = cases.make_case(sizes, seed=3, dtype=cases.DTYPES[dtype], router=router, device=device(), **of_case)
     if everyone_to is not None:
         owner = torch.arange(SIZES.E) // (SIZES.E // expert) == everyone_to
         weight = case.router_weight.abs() * torch.where(owner, 1.0, -1.0).to(case.x.dtype).unsqueeze(1)
         case = dataclasses.replace(case, x=case.x.abs(), router_weight=weight)
+    if "capacity" in options and device().type == "cpu":
+        chunk_tokens = -(-max(split) // options.get("chunks", 1))
+        options["transport"] = PaddedOnCpu(mesh(expert)["expert"].get_group(), chunk_tokens, options.pop("capacity"))
     got, routing = judging.run(case, mesh(expert)["expert"], split, **options)
     found = accuracy.measure_all(got, case.oracle(routing))
     return {name: [error.whole, error.worst_block] for name, error in found.items()}
+
+
+class PaddedOnCpu(SymmetricMemory):
+    """The transport with sizes on the device, with its operation replaced by gloo: its padding and buffers without a GPU."""
+
+    def __init__(self, group: dist.ProcessGroup, chunk_tokens: int, capacity: float | None) -> None:
+        self._init(group, chunk_tokens, capacity, _all_to_all_vdev, torch.empty)
+
+
+def _all_to_all_vdev(source: torch.Tensor, out: torch.Tensor, splits: torch.Tensor, offsets: torch.Tensor, group_name: str) -> None:
+    """What `torch.ops.symm_mem.all_to_all_vdev` promises; everything else in ``out`` becomes NaN."""
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    dist.all_to_all_single(offsets[0], splits, group=group)
+    offsets[1] = offsets[0].cumsum(0) - offsets[0]
+    received = offsets[0].tolist()
+    out.fill_(255)
+    dist.all_to_all_single(out[: sum(received)], source[: splits.sum()].contiguous(), received, splits.tolist(), group=group)
 
 
 def rounding_agrees(expert: int, split: list[int], mode: str, tile_m: int, ties: bool) -> bool:
@@ -148,7 +175,9 @@ def style_equals_function() -> None:
     for name, parameter in expected.named_parameters():
         own = model[0].get_parameter(name)
         if name != "router.weight":
-            assert isinstance(own, DTensor) and own.placements == (Shard(0),) and own.shape == parameter.shape
+            assert isinstance(own, DTensor)
+            assert own.placements == (Shard(0),)
+            assert own.shape == parameter.shape
             assert own.to_local().shape[0] == SIZES.E // 4
             own = own.full_tensor()
         torch.testing.assert_close(own.detach(), parameter.detach(), rtol=0, atol=0)
@@ -217,9 +246,24 @@ def refusal(option: str, value: object) -> str:
         options = {option: value} if option != "transport" or value != "symmetric_memory" else {option: value, "max_tokens": 8}
     try:
         expert_parallel(layer, own, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
+
+
+def too_many_arrive() -> None:
+    """Every rank is to receive 36 rows and has room for 8."""
+    transport = PaddedOnCpu(mesh(4).get_group("expert"), 4, 1.0)
+    transport.legs(torch.full((1, 4, 2), 9), num_tokens=4, slots_per_token=2, experts=2)
+
+
+def last_rank_stalls(timeout_s: float, roll_call_s: float) -> None:
+    """The last rank does not take part; its group has a short timeout."""
+    failures.ROLL_CALL_S = roll_call_s
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    layer = expert_parallel(_layer(), DeviceMesh.from_group(group, "cpu"), src_data_rank=None)
+    if dist.get_rank() < dist.get_world_size() - 1:
+        layer(torch.randn(5, 32, dtype=torch.float64))
 
 
 def last_rank_dies(roll_call_s: float) -> None:
@@ -229,3 +273,28 @@ def last_rank_dies(roll_call_s: float) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(1)
     layer(torch.randn(5, 32, dtype=torch.float64))
+
+
+def graph_replay_equals_eager(sizes: Thiek, options: dict) -> bool:
+    """Forward in a CUDA graph, replayed with other tokens than it was captured with."""
+    layer = expert_parallel(MoE(*sizes[1:], device=device(), dtype=torch.bfloat16), mesh(2)["expert"], **options)
+    x, other = torch.randn(2, options["max_tokens"], sizes.H, device=device(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(other)
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        x.copy_(other)
+        graph.replay()
+    torch.cuda.synchronize()
+    return torch.equal(out, expected)
+
+
+def same_bits_again(sizes: Thiek) -> bool:
+    """Two passes, forward and backward, on the same tokens."""
+    case = cases.make_case(sizes._replace(T=900), seed=1, device=device())
+    layer = expert_parallel(case.layer(), mesh(2)["expert"], chunks=2)
+    first, second = (judging.run_layer(layer, case, mesh(2)["expert"], [500, 400])[0] for _ in range(2))
+    return all(torch.equal(first[name], second[name]) for name in first)

@@ -1,5 +1,7 @@
 """Expert parallelism on four processes of this machine, with gloo. Groups of 1 and 2 are parts of the same four."""
 
+import time
+
 import pytest
 import torch
 
@@ -69,6 +71,11 @@ EQUALITY = {
     "everyone to one rank": (4, [20, 25, 15, 30], {"everyone_to": 2, "k": 2}),
     "token rounding": (4, [20, 25, 15, 30], {"router": checks.ROUNDING, "chunks": 2}),
     "token rounding, renormalized sigmoid": (2, [50, 40], {"router": {**checks.ROUNDING, "scoring": "sigmoid", "renormalize": True}}),
+    "sizes on the device": (4, [20, 25, 15, 30], {"capacity": None, "bias": True}),
+    "sizes on the device, in chunks": (4, [0, 25, 1, 30], {"capacity": None, "chunks": 3}),
+    "sizes on the device, everyone to one rank": (4, [9, 9, 9, 9], {"capacity": None, "everyone_to": 1, "k": 2}),
+    "sizes on the device, token rounding": (2, [50, 40], {"capacity": None, "router": checks.ROUNDING, "chunks": 2}),
+    "sizes on the device, bounded": (4, [20, 25, 15, 30], {"capacity": 1.5}),
     "token rounding that drops every row": (2, [3, 2], {"router": checks.ROUNDING}),
 }
 
@@ -91,7 +98,15 @@ def test_equals_the_single_device_in_low_precision(ranks: LocalGroup, dtype: str
 
 @pytest.mark.parametrize(
     ("mode", "tile_m", "ties"),
-    [("nearest", 8, False), ("nearest", 8, True), ("up", 16, True), ("down", 16, True), ("balanced", 8, False), ("stochastic", 8, False), ("up", 1, False)],
+    [
+        ("nearest", 8, False),
+        ("nearest", 8, True),
+        ("up", 16, True),
+        ("down", 16, True),
+        ("balanced", 8, False),
+        ("stochastic", 8, False),
+        ("up", 1, False),
+    ],
 )
 def test_token_rounding_chooses_what_one_device_chooses(ranks: LocalGroup, mode: str, tile_m: int, ties: bool):
     assert all(ranks.run(checks.rounding_agrees, 4, [20, 0, 37, 7], mode, tile_m, ties))
@@ -135,12 +150,25 @@ def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(ranks: LocalGroup, tmp
         ("layer", "twice", "ValueError: layer: its experts are spread over processes already"),
         ("chunks", 0, "ValueError: chunks=0: must be an int, at least 1"),
         ("transport", "pigeon", "ValueError: transport='pigeon': must be one of all_to_all, symmetric_memory"),
-        ("transport", "symmetric_memory", "RuntimeError: transport=\"symmetric_memory\": needs"),
+        ("transport", "symmetric_memory", 'ValueError: transport="symmetric_memory": the mesh is on cpu, must be on GPUs'),
     ],
 )
 def test_refusals(ranks: LocalGroup, option: str, value: object, message: str):
     for said in ranks.run(checks.refusal, option, value):
         assert said.startswith(message)
+
+
+def test_more_rows_than_capacity_stop_the_device(ranks: LocalGroup):
+    for said in ranks.errors(checks.too_many_arrive):
+        assert said == "RuntimeError: expert parallelism: more rows arrive than capacity allows"
+
+
+def test_a_stalled_rank_fails_the_others_within_the_timeout(ranks: LocalGroup):
+    begin = time.monotonic()
+    *waiting, stalled = ranks.errors(checks.last_rank_stalls, 2.0, 1.0)
+    assert stalled is None
+    assert all("rank 3 was not heard of within 1 s" in line for line in waiting)
+    assert time.monotonic() - begin < 15
 
 
 def test_a_dead_rank_is_named_by_the_others(ranks: LocalGroup):
