@@ -16,9 +16,11 @@ DESCRIPTION = """Train a small decoder-only language model whose feed-forward la
 documentation that ships with Python or on a text of yours. With --routing both, a model routed by top-K and one routed by token
 rounding start from the same weights and see the same batches. Validation always routes by top-K, as in the SonicMoE paper:
 token rounding is a method for training. Writes metrics.json, curves.png, routing.npz (recorded routing) and checkpoint.pt to
---out; Ctrl-C saves a checkpoint and stops."""
+--out; Ctrl-C saves a checkpoint and stops. Under torchrun, --expert-parallel N spreads the experts over N processes, each of which has a
+share of every batch; when torchrun restarts them after a failure they continue from the last checkpoint."""
 
 _CHECKPOINT = "checkpoint.pt"
+_PREVIOUS = "checkpoint.previous.pt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--expert-parallel", type=int, metavar="N", help="processes that share the experts; started by torchrun")
+    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="parts in which tokens travel to their experts (default: 1)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for a process that does not come (600)")
     parser.add_argument("--backend", default="auto", choices=("auto", "hopper", "reference"), help="of the experts (default: auto)")
     for field in dataclasses.fields(TrainConfig):
         choices = field.metadata["choices"]
@@ -54,36 +59,91 @@ def run(args: argparse.Namespace) -> int:
     from sonicmoe.training.learner import NonFiniteLossError
     from sonicmoe.training.plot import require_matplotlib
 
+    processes = _join(args)
     resume = args.resume / _CHECKPOINT if args.resume and args.resume.is_dir() else args.resume
+    if processes is not None:
+        resume = _continue_after_restart(processes, args.out or (resume.parent if resume else Path("out/train")), resume)
     checkpoint = read_checkpoint(resume) if resume else None
     config = _config(args, checkpoint)
     config.validate()
-    device = devices.choose(args.device)
+    device = devices.choose(args.device) if processes is None else processes.device
     require_matplotlib()
     source = args.data
     if source is None and checkpoint is not None and checkpoint["text"]["name"] != text.BUILT_IN:
         source = checkpoint["text"]["name"]
-    experiment = Experiment(config, text.load(source, config.context), device=device, backend=args.backend)
+    shares = _shares(processes, config, args)
+    experiment = Experiment(config, text.load(source, config.context), device=device, backend=args.backend, shares=shares)
     if checkpoint is not None:
         experiment.restore(resume, checkpoint)
     out = args.out or (resume.parent if resume else Path("out/train"))
     prepare_folder(out)
     begin = time.perf_counter()
+    collective_error = _peer_error() if processes is not None else ()
     try:
         with _StopOnSignal() as stop:
             _train(experiment, out / _CHECKPOINT, stop)
         if not experiment.finished:
-            return _report_stop(experiment, stop.received, as_json=args.json)
+            return _report_stop(experiment, stop.received or signal.SIGTERM, as_json=args.json)
         metrics = _metrics(experiment, seconds=time.perf_counter() - begin, resumed=checkpoint is not None)
-        _write_results(experiment, metrics, out)
+        recording = experiment.recording()
+        experiment.shares.write(lambda: _write_results(experiment, recording, metrics, out))
     except NonFiniteLossError as error:
-        kept = f"the last good checkpoint is {experiment.saved}" if experiment.saved else "no checkpoint had been written yet"
-        print(f"sonicmoe train: the loss is no longer finite ({error}); {kept}", file=sys.stderr)
+        print(f"sonicmoe train: the loss is no longer finite ({error}); {_kept(experiment)}", file=sys.stderr)
+        return 1
+    except collective_error as error:
+        print(f"sonicmoe train: {error}; {_kept(experiment)}", file=sys.stderr, flush=True)
         return 1
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
-    _report(metrics, out, as_json=args.json)
+    if experiment.shares.first:
+        _report(metrics, out, as_json=args.json)
     return 0
+
+
+def _kept(experiment) -> str:
+    return f"the last good checkpoint is {experiment.saved}" if experiment.saved else "no checkpoint had been written yet"
+
+
+def _join(args: argparse.Namespace):
+    """The processes of ``--expert-parallel``, or None without it."""
+    if args.expert_parallel is None:
+        return None
+    from sonicmoe.parallel import launch
+
+    return launch.start(args.expert_parallel, args.device, timeout_s=args.timeout, command="train")
+
+
+def _shares(processes, config: TrainConfig, args: argparse.Namespace):
+    from sonicmoe.training.shares import Alone, Shares
+
+    if processes is None:
+        return Alone()
+    return Shares(processes, batch_size=config.batch_size, chunks=args.chunks)
+
+
+def _continue_after_restart(processes, out: Path, resume: Path | None) -> Path | None:
+    """The checkpoint to start from: the one in ``out`` where torchrun has restarted us, else what was asked for.
+
+    A first start moves a checkpoint of an earlier run out of the way, lest a restart before our first one takes it for ours.
+    """
+    from sonicmoe.parallel import launch
+
+    ours = out / _CHECKPOINT
+    if launch.restarts():
+        return ours if ours.exists() else resume
+
+    def move_away() -> None:
+        if ours.exists() and not (resume and resume.exists() and ours.samefile(resume)):
+            ours.rename(out / _PREVIOUS)
+
+    processes.first_does(move_away)
+    return resume
+
+
+def _peer_error() -> type[Exception]:
+    from sonicmoe.parallel import PeerError
+
+    return PeerError
 
 
 def _config(args: argparse.Namespace, checkpoint: dict | None) -> TrainConfig:
@@ -126,7 +186,7 @@ class _StopOnSignal:
 def _train(experiment, checkpoint: Path, stop: _StopOnSignal) -> None:
     """Advance to the end or until asked to stop, with a checkpoint where one is due and at the end of either."""
     with _Progress(experiment) as progress:
-        while not experiment.finished and stop.received is None:
+        while not experiment.finished and not experiment.shares.any(stop.received is not None):
             experiment.advance()
             progress.update()
             if experiment.checkpoint_due:
@@ -158,7 +218,7 @@ class _Progress:
             TimeRemainingColumn(),
             console=self._console,
             expand=True,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_terminal or not experiment.shares.first,
         )
         self._tasks = {
             routing: self._bars.add_task(
@@ -189,7 +249,7 @@ class _Progress:
             self._bars.update(
                 self._tasks[routing], completed=experiment.step, loss=f"{loss:.3f}", validation=f"{validation:.3f}", speed=f"{speed:,.0f}"
             )
-            if not self._console.is_terminal and evaluated == experiment.step:
+            if not self._console.is_terminal and evaluated == experiment.step and experiment.shares.first:
                 position = f"step {experiment.step}/{experiment.config.steps} {routing}"
                 print(f"{position}: loss {loss:.3f} validation {validation:.3f} {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
 
@@ -211,24 +271,27 @@ def _metrics(experiment, *, seconds: float, resumed: bool) -> dict:
         "tokens_per_step": experiment.config.tokens_per_step,
         "seconds": seconds,
         "resumed": resumed,
+        "processes": experiment.shares.processes_used,
         "baselines": experiment.baselines,
         "load_steps": experiment.period_ends(),
         "results": experiment.results(),
     }
 
 
-def _write_results(experiment, metrics: dict, out: Path) -> None:
+def _write_results(experiment, recording, metrics: dict, out: Path) -> None:
     from sonicmoe.training import plot
     from sonicmoe.training.files import replace_file
     from sonicmoe.training.recorded import save_recording
 
-    save_recording(out / "routing.npz", experiment.recording())
+    save_recording(out / "routing.npz", recording)
     plot.draw(metrics, out / "curves.png")
     with replace_file(out / "metrics.json") as file:
         file.write(json.dumps(metrics, allow_nan=False).encode() + b"\n")
 
 
 def _report_stop(experiment, received: signal.Signals, *, as_json: bool) -> int:
+    if not experiment.shares.first:
+        return 128 + received
     print(
         f"sonicmoe train: stopped by {received.name} after step {experiment.step} of {experiment.config.steps}; "
         f"continue with --resume {experiment.saved}",

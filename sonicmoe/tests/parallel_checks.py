@@ -16,8 +16,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 from routing import RouterConfig
 from sonicmoe import MoE, accuracy, cases
 from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging
+from sonicmoe.parallel.launch import Processes
 from sonicmoe.parallel.symmetric import SymmetricMemory
 from sonicmoe.thiek import Thiek
+from sonicmoe.training import text
+from sonicmoe.training.config import TrainConfig
+from sonicmoe.training.experiment import Experiment
+from sonicmoe.training.shares import Alone, Shares
 
 SIZES = Thiek(T=90, H=32, I=16, E=8, K=3)
 ROUNDING = {"method": "token_rounding", "tile_m": 8}
@@ -231,6 +236,24 @@ def load_on_four_and_on_one(folder: str) -> None:
     alone.load_state_dict(state)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def losses_of_training(dtype: str, steps: int) -> list[list[float]]:
+    """[losses, gradient norms, rows] of a short training by 2 replicas of 2 expert-parallel ranks, and of one process.
+
+    Without the load-balance loss, whose rows are counted over the ranks that share the experts.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "layers": 1, "heads": 2, "num_experts": 4, "experts_per_token": 2}
+    config = TrainConfig(steps=steps, batch_size=8, context=16, routing="top_k", dtype=dtype, load_balance=0.0, **sizes)
+    shares = Shares(Processes(mesh(2), device()), batch_size=config.batch_size, chunks=2)
+    found = []
+    for own in (shares, Alone()):
+        experiment = Experiment(config, text.load(None, config.context), device=device(), shares=own)
+        while not experiment.finished:
+            experiment.advance()
+        history = experiment.learners["top_k"].history
+        found.append([history.loss, history.gradient_norm, history.rows])
+    return found
 
 
 def refusal(option: str, value: object) -> str:

@@ -136,6 +136,14 @@ def test_trains_with_fsdp_as_one_device_does(ranks: LocalGroup):
     ranks.run(checks.trains_with_fsdp)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_learner_of_two_replicas_learns_what_one_process_learns(ranks: LocalGroup, dtype: str, tolerance: float):
+    for (losses, norms, rows), (expected_losses, expected_norms, expected_rows) in ranks.run(checks.losses_of_training, dtype, 4):
+        assert losses == pytest.approx(expected_losses, rel=tolerance)
+        assert norms == pytest.approx(expected_norms, rel=tolerance)
+        assert rows == expected_rows
+
+
 def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(ranks: LocalGroup, tmp_path):
     ranks.run(checks.save_on_two, str(tmp_path))
     ranks.run(checks.load_on_four_and_on_one, str(tmp_path))

@@ -14,6 +14,7 @@ from sonicmoe.training.files import replace_file
 from sonicmoe.training.learner import Learner, NonFiniteLossError, period_length
 from sonicmoe.training.model import LanguageModel
 from sonicmoe.training.recorded import MAX_LOGITS, Recording
+from sonicmoe.training.shares import Alone
 
 _EVALUATIONS = 16
 _VALIDATION_TOKENS = 8192
@@ -24,8 +25,11 @@ _CHECKPOINT_FORMAT = 1
 class Experiment:
     """The learners of one command. They take turns, so that whatever else the machine does slows all of them alike."""
 
-    def __init__(self, config: TrainConfig, text: texts.Text, *, device: torch.device, backend: str = "auto") -> None:
+    def __init__(
+        self, config: TrainConfig, text: texts.Text, *, device: torch.device, backend: str = "auto", shares: Alone | None = None
+    ) -> None:
         config.validate()
+        self.shares = Alone() if shares is None else shares
         self.config = config
         self.text = text
         self.device = device
@@ -48,7 +52,7 @@ class Experiment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 model = LanguageModel(config, routing, backend=backend)
-            self.learners[routing] = Learner(model.to(device), config)
+            self.learners[routing] = Learner(model.to(device), config, self.shares)
 
     @property
     def finished(self) -> bool:
@@ -70,7 +74,7 @@ class Experiment:
         inputs, targets = texts.training_batch(
             self.text.train, batch_size=self.config.batch_size, context=self.config.context, seed=self.config.seed, step=self.step
         )
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        inputs, targets = (self.shares.sequences(part).to(self.device) for part in (inputs, targets))
         for routing, learner in self.learners.items():
             try:
                 learner.train_step(self.step, inputs, targets)
@@ -89,17 +93,19 @@ class Experiment:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, in whole or not at all."""
-        with replace_file(path) as file:
-            torch.save(
-                {
-                    "format": _CHECKPOINT_FORMAT,
-                    "config": dataclasses.asdict(self.config),
-                    "text": {"name": self.text.name, "sha256": self.text.sha256},
-                    "step": self.step,
-                    "learners": {routing: learner.state_dict() for routing, learner in self.learners.items()},
-                },
-                file,
-            )
+        state = {
+            "format": _CHECKPOINT_FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "text": {"name": self.text.name, "sha256": self.text.sha256},
+            "step": self.step,
+            "learners": {routing: learner.state_dict() for routing, learner in self.learners.items()},
+        }
+
+        def write() -> None:
+            with replace_file(path) as file:
+                torch.save(state, file)
+
+        self.shares.write(write)
         self.saved = path
 
     def restore(self, path: Path, checkpoint: dict) -> None:
@@ -118,7 +124,7 @@ class Experiment:
     def recording(self) -> Recording:
         """The first routing's router logits on tokens spread evenly over the validation text, and its experts' load over time."""
         routing, learner = next(iter(self.learners.items()))
-        _, logits = learner.evaluate(self._validation)
+        logits = self.shares.gathered(learner.evaluate(self._validation)[1], dim=1)
         rows = min(logits.shape[1], max(1, MAX_LOGITS // (self.config.layers * self.config.num_experts)))
         chosen = torch.linspace(0, logits.shape[1] - 1, rows).round().long()
         ends = self.period_ends()

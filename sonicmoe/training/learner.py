@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from routing import expert_counts, top_k, wasted_row_ratio
 from sonicmoe.training.config import TrainConfig
 from sonicmoe.training.model import LanguageModel, Output
+from sonicmoe.training.shares import Alone
 from sonicmoe.training.text import batch_seed
 
 _GRADIENT_CLIP = 1.0
@@ -48,18 +49,22 @@ class History:
 class Learner:
     """A language model trained with one routing.
 
-    ``weights`` are what the optimizer updates: the model's parameters themselves, or float32 copies of them where the model
-    computes in a narrower dtype.
+    ``weights`` are what the optimizer updates: what this process has of the model's parameters, or float32 copies of it where the
+    model computes in a narrower dtype.
     """
 
-    def __init__(self, model: LanguageModel, config: TrainConfig) -> None:
+    def __init__(self, model: LanguageModel, config: TrainConfig, shares: Alone | None = None) -> None:
         self.config = config
         self.model = model
+        self.shares = shares = Alone() if shares is None else shares
+        shares.spread(model)
+        self.partial = [shares.owns_part_of(name) for name, _ in model.named_parameters()]
+        """Of each weight: whether other processes have its other experts."""
         parameters = list(model.parameters())
         if config.dtype == "float32":
-            self.weights = parameters
+            self.weights = [shares.local(parameter).detach() if part else parameter for parameter, part in self._with_partial(parameters)]
         else:
-            self.weights = [parameter.detach().clone() for parameter in parameters]
+            self.weights = [shares.local(parameter).detach().clone() for parameter in parameters]
             for parameter in parameters:
                 parameter.data = parameter.data.to(getattr(torch, config.dtype))
         groups = [
@@ -82,7 +87,8 @@ class Learner:
         (loss + self.config.load_balance * balance + self.config.z_loss * z_loss).backward()
         norm = self._collect_gradients()
         # The one host synchronisation of a step: an update with a NaN in it could not be taken back.
-        measured = torch.stack([loss.detach(), balance.detach(), z_loss.detach(), norm]).tolist()
+        losses = self.shares.mean(torch.stack([loss.detach(), balance.detach(), z_loss.detach()]))
+        measured = torch.cat([losses, norm.unsqueeze(0)]).tolist()
         if not all(map(math.isfinite, measured)):
             self.model.zero_grad(set_to_none=True)
             raise NonFiniteLossError(f"step {step + 1}: loss {measured[0]:.4g}, gradient norm {measured[3]:.4g}")
@@ -94,7 +100,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, torch.Tensor]:
-        """(nats per byte, router logits (L, T, E) float32 on the CPU) with plain top-K routing.
+        """(nats per byte, router logits (L, T, E) float32 on the CPU of this process's T tokens) with plain top-K routing.
 
         Token rounding looks at all tokens of a batch to choose a token's experts, later ones included: a method for
         training, not for inference, where a token must not depend on what follows. As in the SonicMoE paper
@@ -103,26 +109,49 @@ class Learner:
         losses, logits = [], []
         with self.model.routed_by_top_k():
             for inputs, targets in batches:
+                inputs, targets = self.shares.sequences(inputs), self.shares.sequences(targets)
                 output = self.model(inputs)
-                losses.append(cross_entropy(output, targets) * targets.numel())
+                losses.append(cross_entropy(output, targets, reduction="sum"))
                 logits.append(torch.stack([router.logits.float() for router in output.routers]))
         tokens = sum(targets.numel() for _, targets in batches)
-        return torch.stack(losses).sum().item() / tokens, torch.cat(logits, dim=1).cpu()
+        return self.shares.total(torch.stack(losses).sum()).item() / tokens, torch.cat(logits, dim=1).cpu()
 
     def state_dict(self) -> dict:
+        """Whole tensors, whatever of them is here."""
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            index: {name: self.shares.whole(value) if part and value.ndim else value for name, value in optimizer["state"][index].items()}
+            for index, part in enumerate(self._partial_in_optimizer())
+            if index in optimizer["state"]
+        }
+        weights = [(weight.detach(), part) for weight, part in self._with_partial(self.weights)]
         return {
-            "weights": [weight.detach() for weight in self.weights],
-            "optimizer": self.optimizer.state_dict(),
+            "weights": [self.shares.whole(weight) if part else weight for weight, part in weights],
+            "optimizer": {**optimizer, "state": moments},
             "history": vars(self.history),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for weight, saved in zip(self.weights, state["weights"], strict=True):
-            weight.copy_(saved)
+        for (weight, part), saved in zip(self._with_partial(self.weights), state["weights"], strict=True):
+            weight.copy_(self.shares.part(saved) if part else saved)
         self._publish_weights()
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]["state"]
+        moments = {
+            index: {name: self.shares.part(value) if part and value.ndim else value for name, value in saved[index].items()}
+            for index, part in enumerate(self._partial_in_optimizer())
+            if index in saved
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.history = History(**state["history"])
+
+    def _with_partial(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
+        return list(zip(tensors, self.partial, strict=True))
+
+    def _partial_in_optimizer(self) -> list[bool]:
+        """``partial`` in the optimizer's order of its weights."""
+        of_weight = {id(weight): part for weight, part in self._with_partial(self.weights)}
+        return [of_weight[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
 
     def _forward(self, step: int, inputs: torch.Tensor) -> Output:
         """With random numbers (stochastic rounding draws some) that are a function of seed and step."""
@@ -134,9 +163,11 @@ class Learner:
         """Give ``weights`` the model's gradients, clipped; returns their norm before clipping."""
         for weight, parameter in zip(self.weights, self.model.parameters(), strict=True):
             if weight is not parameter:
-                weight.grad = parameter.grad.float()
+                weight.grad = self.shares.local(parameter.grad).float()
                 parameter.grad = None
-        return torch.nn.utils.clip_grad_norm_(self.weights, _GRADIENT_CLIP)
+        norm = self.shares.reduce_gradients(self.weights, self.partial)
+        torch.nn.utils.clip_grads_with_norm_(self.weights, _GRADIENT_CLIP, norm)
+        return norm
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -146,13 +177,15 @@ class Learner:
     @torch.no_grad()
     def _publish_weights(self) -> None:
         for weight, parameter in zip(self.weights, self.model.parameters(), strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
+            here = self.shares.local(parameter)
+            if weight.data_ptr() != here.data_ptr():
+                here.copy_(weight)
 
     @torch.no_grad()
     def _remember(self, step: int, measured: list[float], output: Output) -> None:
-        counts = torch.stack([router.counts for router in output.routers])
+        counts = self.shares.total_counts(torch.stack([router.counts for router in output.routers]))
         plain = torch.stack([expert_counts(top_k(router.logits, self.config.experts_per_token)) for router in output.routers])
+        plain = self.shares.total(plain)
         change = counts - plain
         imbalance = (counts.amax(dim=1) / counts.float().mean(dim=1)).mean()
         history = self.history
@@ -166,9 +199,9 @@ class Learner:
         history.load[step // period_length(self.config)] += counts.cpu()
 
 
-def cross_entropy(output: Output, targets: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens, float32, nats."""
-    return F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
+def cross_entropy(output: Output, targets: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
+    """Mean (or sum) over the tokens, float32, nats."""
+    return F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 def period_length(config: TrainConfig) -> int:
