@@ -135,7 +135,11 @@ def available_memory(device: torch.device) -> int:
 def judge(problem: Problem, layer: MoE, case: Case) -> Judged:
     """Run forward and backward once and compare every tensor with the oracle."""
     got, routing = cases.run(layer, case)
-    expected = case.oracle(routing)
+    return compare(problem, got, case.oracle(routing))
+
+
+def compare(problem: Problem, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Judged:
+    """A layer's results next to the oracle's."""
     errors = accuracy.measure_all(got, expected)
     reference = {name: (_norm(tensor, math.inf), _norm(tensor, 1) / max(tensor.numel(), 1)) for name, tensor in expected.items()}
     return Judged(errors, reference, accuracy.failures(errors, accuracy.THRESHOLDS[cases.DTYPES[problem.dtype]]))

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Judge one MoE layer against the float64 oracle, then time it in inference, forward, forward+backward and backward next
 to the GEMM bound, its products alone. Normally distributed data. Exit code 1 where an error is above its threshold. With --peers
-other implementations of the experts run beside this one on the same weights, inputs and routing, each in a process of its own."""
+other implementations of the experts run beside this one on the same weights, inputs and routing, each in a process of its own. Under
+torchrun, --expert-parallel N spreads the experts over N processes with T tokens each, and times the exchange next to the backend's own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="a folder, or several separated as in PATH, that holds a peer and what it needs; may be given for several peers",
     )
+    parser.add_argument("--expert-parallel", type=int, metavar="N", help="processes that share the experts; started by torchrun")
+    parser.add_argument("--transport", default="all_to_all", choices=("all_to_all", "symmetric_memory"), help="default: all_to_all")
+    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="parts in which tokens travel to their experts (default: 1)")
+    parser.add_argument("--capacity", type=float, metavar="X", help="rows that fit, in even shares, with symmetric_memory (the worst case)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for a process that does not come (600)")
+    parser.add_argument("--out", metavar="FILE", help="also write the result there, with --expert-parallel")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -42,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.trials < 1:
         raise ValueError(f"trials={args.trials}: must be at least 1 to be timed")
+    if args.expert_parallel is not None:
+        if args.peers is not None or args.peer_path:
+            raise ValueError("--peers: runs on one GPU, must not be given with --expert-parallel")
+        from sonicmoe.commands import bench_parallel
+
+        return bench_parallel.run(args)
     problem = options.read(args, what="timed")
     if args.peers is not None or args.peer_path:
         return _run_peers(args, problem)

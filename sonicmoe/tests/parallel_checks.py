@@ -1,6 +1,8 @@
 """What the ranks of the expert-parallel tests run: each function is called on every rank of a `LocalGroup` of four."""
 
+import contextlib
 import dataclasses
+import io
 import os
 from datetime import timedelta
 from functools import cache
@@ -14,9 +16,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from routing import RouterConfig
-from sonicmoe import MoE, accuracy, cases
-from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging
+from sonicmoe import MoE, accuracy, cases, cli
+from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging, measure
 from sonicmoe.parallel.launch import Processes
+from sonicmoe.parallel.layer import ExpertParallelism
 from sonicmoe.parallel.symmetric import SymmetricMemory
 from sonicmoe.thiek import Thiek
 from sonicmoe.training import text
@@ -254,6 +257,28 @@ def losses_of_training(dtype: str, steps: int) -> list[list[float]]:
         history = experiment.learners["top_k"].history
         found.append([history.loss, history.gradient_norm, history.rows])
     return found
+
+
+def bench(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of ``sonicmoe bench`` on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = cli.main(["bench", *arguments])
+    return code, printed.getvalue()
+
+
+def replay_repeats_a_pass() -> bool:
+    """What a `Recorder` hands out again gives the same output and gradients, without the transport."""
+    layer = expert_parallel(_layer(), mesh(4)["expert"], chunks=2)
+    parallelism, x = layer.parallelism, torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
+    recorder = measure.Recorder(parallelism.transport)
+    layer.parallelism = ExpertParallelism(recorder, parallelism.chunks)
+    results = []
+    for replay in (False, True, True):
+        recorder.restart(replay=replay)
+        out = layer(x)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, layer.router.weight])])
+        parallelism.transport.start = None  # a second journey would fail
+    return all(torch.equal(one, other) for result in results[1:] for one, other in zip(results[0], result, strict=True))
 
 
 def refusal(option: str, value: object) -> str:

@@ -1,5 +1,6 @@
 """Expert parallelism on four processes of this machine, with gloo. Groups of 1 and 2 are parts of the same four."""
 
+import json
 import time
 
 import pytest
@@ -142,6 +143,37 @@ def test_learner_of_two_replicas_learns_what_one_process_learns(ranks: LocalGrou
         assert losses == pytest.approx(expected_losses, rel=tolerance)
         assert norms == pytest.approx(expected_norms, rel=tolerance)
         assert rows == expected_rows
+
+
+def test_bench_tells_exposed_exchange_and_bandwidth(ranks: LocalGroup, tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ["--expert-parallel", "2", "--thiek", "64,32,16,8,2", "--dtype", "fp32", "--device", "cpu", "--chunks", "2", "--json"]
+    answers = ranks.run(checks.bench, [*arguments, "--routing", "nearest", "--tile-m", "8", "--out", str(out)])
+    assert [code for code, _ in answers] == [0, 0, 0, 0]
+    assert [bool(printed) for _, printed in answers] == [True, False, False, False]
+    result = json.loads(answers[0][1])
+    assert json.loads(out.read_text()) == result
+    judged, forward, both = result["cells"]
+    assert judged["passed"] is True
+    assert judged["errors"].keys() == {"o", "dx", "dw_up", "dw_down", "drouter"}
+    assert (forward["mode"], both["mode"]) == ("forward", "forward+backward")
+    for cell in (forward, both):
+        assert cell["exposed_ms"] == pytest.approx(cell["ms"] - cell["compute_ms"])
+        assert cell["bandwidth_ratio"] == pytest.approx(cell["bus_gb_s"] / cell["backend_bus_gb_s"])
+        assert len(cell["peak_mib"]) == 4
+        assert cell["rows"]["mean"] <= cell["rows"]["busiest_rank"]
+    # Two journeys forward, four in all, of at most every token to the one other rank.
+    assert 0 < forward["sent_mib"] <= 2 * 64 * 32 * 4 / 2**20
+    assert both["sent_mib"] == pytest.approx(2 * forward["sent_mib"])
+
+
+def test_bench_refuses_capacity_without_symmetric_memory(ranks: LocalGroup):
+    arguments = ["--expert-parallel", "2", "--thiek", "64,32,16,8,2", "--device", "cpu", "--capacity", "2"]
+    assert [code for code, _ in ranks.run(checks.bench, arguments)] == [2, 2, 2, 2]
+
+
+def test_replay_repeats_a_pass_without_travel(ranks: LocalGroup):
+    assert all(ranks.run(checks.replay_repeats_a_pass))
 
 
 def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(ranks: LocalGroup, tmp_path):
