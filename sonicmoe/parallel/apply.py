@@ -96,6 +96,7 @@ def fully_shard_layer(layer: MoE, *, data_mesh: DeviceMesh, replicas_mesh: Devic
     fully_shard(layer.router, mesh=data_mesh, **options)
     fully_shard(layer, mesh=replicas_mesh, **options)
     layer.set_gradient_divide_factor(data_mesh.size())
+    layer.set_force_sum_reduction_for_comms(True)  # gloo cannot divide on the way
     return layer
 
 

@@ -191,15 +191,14 @@ def style_equals_function() -> None:
         torch.testing.assert_close(own.detach(), parameter.detach(), rtol=0, atol=0)
 
 
-def trains_with_fsdp() -> None:
+def trains_with_fsdp(dtype: torch.dtype) -> None:
     """Two steps of SGD under FSDP2, 2 replicas of 2 expert-parallel ranks, are those of one device on all tokens."""
     whole = mesh(2)
     data = whole["replicas", "expert"]._flatten("data")
-    x = torch.randn(4, 10, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    single = torch.nn.Sequential(torch.nn.Linear(32, 32, dtype=torch.float64), _layer())
+    x = torch.randn(4, 10, 32, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    single, model = (torch.nn.Sequential(torch.nn.Linear(32, 32), _layer()).to(dtype) for _ in range(2))
     torch.manual_seed(9)
     single[0].reset_parameters()
-    model = torch.nn.Sequential(torch.nn.Linear(32, 32, dtype=torch.float64), _layer())
     model.load_state_dict(single.state_dict())
     expert_parallel(model[1], whole["expert"], chunks=2)
     fully_shard_layer(model[1], data_mesh=data, replicas_mesh=whole["replicas"])

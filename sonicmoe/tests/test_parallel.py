@@ -133,8 +133,9 @@ def test_style_gives_shards_under_the_same_names(ranks: LocalGroup):
     ranks.run(checks.style_equals_function)
 
 
-def test_trains_with_fsdp_as_one_device_does(ranks: LocalGroup):
-    ranks.run(checks.trains_with_fsdp)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_trains_with_fsdp_as_one_device_does(ranks: LocalGroup, dtype: torch.dtype):
+    ranks.run(checks.trains_with_fsdp, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
