@@ -24,6 +24,7 @@ METHODS = ("top_k", "token_rounding")
 SCORINGS = ("softmax", "softmax_topk", "sigmoid")
 GROUP_SCORES = ("top2", "max")
 ROUNDING_MODES = ("nearest", "up", "down", "stochastic", "balanced")
+TRANSPORTS = ("all_to_all", "symmetric_memory")
 SPEED_MODES = ("inference", "forward", "forward+backward")
 TENSORS = ("o", "dx", "dw_up", "dw_down", "db_up", "db_down", "drouter")
 
@@ -54,6 +55,11 @@ class Cell:
     needs_gpu: ClassVar[bool] = False
     name: str
     line: int
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it needs for itself."""
+        return int(self.needs_gpu)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,33 @@ class SpeedCell(Cell):
     routing: RoutingSpec
     mode: str
     dtype: str = "bf16"
+
+
+@dataclass(frozen=True)
+class ParallelCell(Cell):
+    """One layer whose experts are spread over processes: outputs and all gradients, put together, against the oracle."""
+
+    kind: ClassVar[str] = "parallel"
+    thiek: Thiek
+    """T of all processes."""
+    routing: RoutingSpec
+    processes: int
+    on_gpus: bool = False
+    """One GPU for each process and NCCL; else CPUs and gloo, on any machine."""
+    split: tuple[int, ...] | None = None
+    """Tokens of each process; None is as even as can be."""
+    chunks: int = 1
+    transport: str = "all_to_all"
+    dtype: str = "bf16"
+    bias: bool = False
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.on_gpus
+
+    @property
+    def gpus(self) -> int:
+        return self.processes if self.on_gpus else 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +222,7 @@ class _Reader:
     def read(self) -> Matrix:
         root = load(self.path)
         sections = {"speed_rule", "floors", "accuracy", "profiles", "routings", "layers", "routing", "count_cumsum", "speed"}
-        self.check_keys(root, "the file", required=sections, optional=set())
+        self.check_keys(root, "the file", required=sections, optional={"parallel"})
         thresholds = self.read_thresholds(root["accuracy"])
         profiles = {name: self.read_profile(name, body) for name, body in self.items(root["profiles"], "profiles")}
         self.routings = {name: self.read_routing(name, body) for name, body in self.items(root["routings"], "routings")}
@@ -201,9 +234,11 @@ class _Reader:
             ("speed", self.read_speed),
         ):
             cells += self.read_groups(root[section], section, build)
+        if "parallel" in root:
+            cells += self.read_groups(root["parallel"], "parallel", self.read_parallel)
         for cell in cells:
             dtype = getattr(cell, "dtype", None)
-            if isinstance(cell, LayerCell) and dtype not in thresholds:
+            if isinstance(cell, LayerCell | ParallelCell) and dtype not in thresholds:
                 self.fail(cell.line, f"cell {cell.name}", f"dtype {dtype} has no thresholds under accuracy")
         rule = self.read_speed_rule(root["speed_rule"])
         floors = self.read_floors(root["floors"], {cell.name for cell in cells if isinstance(cell, SpeedCell)})
@@ -481,3 +516,37 @@ class _Reader:
                 mode=mode,
                 dtype=self.choice(body, "dtype", ("bf16", "fp16"), where, "bf16"),
             )
+
+    def read_parallel(self, body: LocatedDict, name: str, line: int) -> Iterable[Cell]:
+        where = f"cell {name}"
+        known = {field.name for field in fields(ParallelCell)} - {"line"}
+        required = {"name", "thiek", "routing", "processes"}
+        self.check_keys(body, where, required=required, optional=known - required)
+        sizes = self.sizes(body, where)
+        routing = self.named_routing(body, where, sizes.E, sizes.K)
+        if routing.selection_bias:
+            self.fail(body.lines["routing"], where, f"routing {routing.name} has a selection bias, which parallel cells do not have")
+        processes = self.whole(body, "processes", where, low=1)
+        if sizes.E % processes:
+            self.fail(body.lines["processes"], where, f"E={sizes.E} must be a multiple of processes={processes}")
+        split = self.integers(body, "split", where, low=0) or None
+        if split is not None and (len(split) != processes or sum(split) != sizes.T):
+            wanted = f"processes={processes} numbers with sum T={sizes.T}"
+            self.fail(body.lines["split"], where, f"split has {len(split)} numbers with sum {sum(split)}; it must be {wanted}")
+        on_gpus = self.flag(body, "on_gpus", where)
+        transport = self.choice(body, "transport", TRANSPORTS, where, "all_to_all")
+        if transport == "symmetric_memory" and not on_gpus:
+            self.fail(body.lines["transport"], where, "transport symmetric_memory needs on_gpus: true")
+        yield ParallelCell(
+            name=name,
+            line=line,
+            thiek=sizes,
+            routing=routing,
+            processes=processes,
+            on_gpus=on_gpus,
+            split=split,
+            chunks=self.whole(body, "chunks", where, low=1, default=1),
+            transport=transport,
+            dtype=self.choice(body, "dtype", DTYPES, where, "bf16"),
+            bias=self.flag(body, "bias", where),
+        )

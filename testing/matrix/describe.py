@@ -3,20 +3,28 @@
 import hashlib
 from typing import Any
 
-from testing.matrix.cells import Cell, CountCell, LayerCell, Profile, RoutingCell, SpeedCell
+from testing.matrix.cells import Cell, CountCell, LayerCell, ParallelCell, Profile, RoutingCell, SpeedCell
 from testing.matrix.plan import experts_problem
 
 NEEDS_GPU = "needs an sm_90 GPU"
 
 
-def not_run_reason(cell: Cell, *, gpu: bool) -> str:
-    """Why a cell cannot run on this kind of machine; empty when it can."""
-    return NEEDS_GPU if cell.needs_gpu and not gpu else ""
+def not_run_reason(cell: Cell, *, gpus: int) -> str:
+    """Why a cell cannot run on a machine with so many sm_90 GPUs; empty when it can."""
+    if cell.gpus <= gpus:
+        return ""
+    return NEEDS_GPU if cell.gpus == 1 else f"needs {cell.gpus} sm_90 GPUs"
 
 
 def cell_seed(run_seed: int, name: str) -> int:
     """A seed of its own for each cell, the same whatever else runs and on however many shards."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}:{name}".encode()).digest()[:4], "big")
+
+
+def split_of(cell: ParallelCell) -> tuple[int, ...]:
+    """Tokens of each process."""
+    tokens, processes = cell.thiek.T, cell.processes
+    return cell.split or tuple(tokens * (rank + 1) // processes - tokens * rank // processes for rank in range(processes))
 
 
 def describe(cell: Cell, profile: Profile) -> dict[str, Any]:
@@ -45,6 +53,19 @@ def describe(cell: Cell, profile: Profile) -> dict[str, Any]:
         words |= {"thiek": thiek, "routing": cell.routing.name, "load": cell.load, "dtype": "fp32", "mode": "routing"}
     elif isinstance(cell, CountCell):
         words |= {"thiek": [None, None, None, cell.experts, None], "routing": None, "dtype": "int32, int64", "mode": "count_cumsum"}
+    elif isinstance(cell, ParallelCell):
+        words |= {
+            "thiek": list(cell.thiek),
+            "routing": cell.routing.name,
+            "processes": cell.processes,
+            "on_gpus": cell.on_gpus,
+            "split": list(split_of(cell)),
+            "chunks": cell.chunks,
+            "transport": cell.transport,
+            "dtype": cell.dtype,
+            "bias": cell.bias,
+            "mode": "forward+backward",
+        }
     elif isinstance(cell, SpeedCell):
         words |= {"thiek": list(cell.thiek), "routing": cell.routing.name, "dtype": cell.dtype, "mode": cell.mode}
     return words

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from testing.matrix import pool
-from testing.matrix.cells import Cell, CountCell, LayerCell, Profile, RoutingCell, SpeedCell, load_matrix
+from testing.matrix.cells import Cell, CountCell, LayerCell, ParallelCell, Profile, RoutingCell, SpeedCell, load_matrix
 from testing.matrix.checks_dispatch import check_counts
 from testing.matrix.checks_layer import measure_layer
+from testing.matrix.checks_parallel import measure_parallel
 from testing.matrix.checks_speed import measure_speed
 from testing.matrix.route import check_route
 from testing.matrix.speed import Rule
@@ -64,6 +65,8 @@ def _run(cell: Cell, profile: Profile, seed: int, device: str, rule: Rule) -> di
         return {"checks": _as_dicts(check_route(cell.routing, cell.load, cell.tokens, cell.experts, cell.per_token, seed, device))}
     if isinstance(cell, CountCell):
         return {"checks": _as_dicts(check_counts(cell, seed, device))}
+    if isinstance(cell, ParallelCell):
+        return measure_parallel(cell, profile, seed)
     if isinstance(cell, SpeedCell):
         return measure_speed(cell, seed, rule)
     raise TypeError(f"{type(cell).__name__}: this kind of cell cannot be run")

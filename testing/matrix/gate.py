@@ -2,8 +2,9 @@
 
 A merge is good when every cell of the matrix was run and passes by the thresholds in the matrix file now. A cell that no
 result mentions fails the gate. A cell that was not run for want of a GPU is listed as not run: under the cpu profile that
-is what was promised and does not fail the gate; under any other profile it does. A speed cell without a recorded threshold is
-listed as "no threshold yet": it does not fail, and it is not counted as passed.
+is what was promised and does not fail the gate; under any other profile it does, unless it needs several GPUs, which the
+runners of the shards do not have. A speed cell without a recorded threshold is listed as "no threshold yet": it does not
+fail, and it is not counted as passed.
 """
 
 from pathlib import Path
@@ -56,7 +57,7 @@ def decide(matrix: Matrix, paths: list[Path], expect_profile: str | None = None)
     for cell in matrix.cells:
         judged = _judge(matrix, cell, *found.get(cell.name, (None, None)), profile)
         cells.append(judged)
-        promised = judged["status"] == NOT_RUN and profile.name == "cpu"
+        promised = judged["status"] == NOT_RUN and (profile.name == "cpu" or cell.gpus > 1)
         if judged["status"] not in (PASSED, NO_FLOOR) and not promised:
             reasons.append(f"{cell.name}: {judged['status']}: {judged['why']}")
     keep = {key: value for key, value in first.items() if key not in ("cells", "shard", "seconds", "jobs", "command")}
@@ -91,7 +92,7 @@ def _judge(matrix: Matrix, cell: Cell, result: dict[str, Any] | None, machine: M
     if result is None:
         return {**describe(cell, profile), "status": MISSING, "passed": False, "why": "no result has this cell"}
     if result["status"] == NOT_RUN:
-        reason = not_run_reason(cell, gpu=False)
+        reason = not_run_reason(cell, gpus=0)
         if reason:
             return {**result, "passed": None, "why": reason}
         return {**result, "status": FAILED, "passed": False, "why": f"was not run, and needs no GPU: {result.get('why', '')}"}

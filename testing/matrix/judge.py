@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from testing.matrix.cells import Cell, LayerCell, Matrix, Threshold
+from testing.matrix.cells import Cell, LayerCell, Matrix, ParallelCell, Threshold
 from testing.matrix.results import FAILED, NO_FLOOR, PASSED
 from testing.matrix.speed import Machine, floor_of, judge_speed
 
@@ -21,7 +21,7 @@ def judge_errors(errors: dict[str, dict[str, float | None]], thresholds: dict[st
     return problems
 
 
-def expected_tensors(cell: LayerCell) -> list[str]:
+def expected_tensors(cell: LayerCell | ParallelCell) -> list[str]:
     """The tensors whose errors a layer cell must report."""
     biases = ["db_up", "db_down"] if cell.bias else []
     return ["o", "dx", "dw_up", "dw_down", *biases, "drouter"]
@@ -34,7 +34,7 @@ def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix, machine: Mach
         return [str(result["crash"])]
     checks = result.get("checks", [])
     problems += [f"{item['name']}: {item['why']}" for item in checks if item.get("passed") is not True]
-    if isinstance(cell, LayerCell):
+    if isinstance(cell, LayerCell | ParallelCell):
         errors = result.get("errors", {})
         missing = [tensor for tensor in expected_tensors(cell) if tensor not in errors]
         problems += [f"{tensor} was not measured" for tensor in missing]

@@ -16,6 +16,7 @@ from testing.matrix.cells import (
     Limits,
     Matrix,
     MatrixError,
+    ParallelCell,
     Profile,
     RoutingCell,
     RoutingSpec,
@@ -41,15 +42,17 @@ class Costs(NamedTuple):
     id: float
     compilation: float
     """Of count_cumsum by torch.compile."""
+    process: float
+    """Each of a cell whose experts are spread over several: its start, and its share of the cores."""
     bytes_per_weight: int
 
 
 CPU = Costs(
-    cell=0.15, logit=1.6e-7, row=6e-6, expert=0.0, flop=5e-11, weight=8e-8, id=2e-8, compilation=2.0, bytes_per_weight=64
+    cell=0.15, logit=1.6e-7, row=6e-6, expert=0.0, flop=5e-11, weight=8e-8, id=2e-8, compilation=2.0, process=4.0, bytes_per_weight=64
 )  # fmt: skip
 """One core, fitted to recorded runs of the cpu profile."""
 HOPPER = Costs(
-    cell=0.6, logit=1.6e-7, row=6e-6, expert=5e-3, flop=2e-14, weight=5e-11, id=2e-8, compilation=10.0, bytes_per_weight=18
+    cell=0.6, logit=1.6e-7, row=6e-6, expert=5e-3, flop=2e-14, weight=5e-11, id=2e-8, compilation=10.0, process=10.0, bytes_per_weight=18
 )  # fmt: skip
 """An H100 with a core for each worker, estimated: the host's checks as on a CPU, 50 TFLOPS for products (what float64 reaches, in
 which the oracle computes), 100 bytes moved for each weight, some 500 launches for each expert. docs/gate.md says what follows."""
@@ -145,6 +148,8 @@ def cost_seconds(cell: Cell, profile: Profile) -> float:
     if isinstance(cell, CountCell):
         ids = sum(cell.lengths) + 10 * sum(2**power for power in cell.powers) + 3000 * cell.random_lengths
         return costs.compilation + 4 * costs.id * ids
+    if isinstance(cell, ParallelCell):
+        return costs.process * cell.processes
     if isinstance(cell, SpeedCell):
         tokens, hidden, intermediate, _, per_token = cell.thiek
         return 4.0 + 3e-14 * 18 * tokens * per_token * hidden * intermediate
@@ -158,6 +163,8 @@ def memory_bytes(cell: Cell, profile: Profile) -> int:
         weights = problem.E * weights_per_expert(cell, problem.H, problem.I)
         rows = cell.thiek.T * cell.thiek.K + problem.T * problem.K * problem.H // 16
         logits = cell.thiek.T * cell.thiek.E
+    elif isinstance(cell, ParallelCell):
+        return (1 + cell.processes) * _PROCESS_BYTES
     elif isinstance(cell, RoutingCell):
         weights, rows, logits = 0, cell.tokens * cell.per_token, cell.tokens * cell.experts
     else:

@@ -78,7 +78,7 @@ def run_shard(
         results = dict(journal.done)
         runnable = []
         for cell in cells:
-            reason = not_run_reason(cell, gpu=options.gpus > 0)
+            reason = not_run_reason(cell, gpus=options.gpus)
             if reason:
                 results[cell.name] = {**describe(cell, profile), "status": NOT_RUN, "passed": None, "why": reason}
             elif cell.name not in results:
@@ -113,10 +113,14 @@ def _measure(
     progress: "Steps",
     machine: Machine,
 ) -> Iterator[dict[str, Any]]:
-    """Yield judged results as cells end; cells that need a GPU for themselves come last, one worker per GPU."""
+    """Yield judged results as cells end; those that need a GPU for themselves come last, one worker per GPU, then those of several."""
     by_name = {cell.name: cell for cell in cells}
-    phases = ([cell for cell in cells if not cell.needs_gpu], options.jobs), ([cell for cell in cells if cell.needs_gpu], options.gpus)
-    for phase, workers in phases:
+    phases = (
+        ([cell for cell in cells if cell.gpus == 0], options.jobs, options.gpus),
+        ([cell for cell in cells if cell.gpus == 1], options.gpus, options.gpus),
+        ([cell for cell in cells if cell.gpus > 1], 1, 0),  # the worker sees all GPUs, and gives its processes one each
+    )
+    for phase, workers, gpus in phases:
         jobs = [
             pool.Job(
                 cell.name,
@@ -127,7 +131,7 @@ def _measure(
             )
             for cell in phase
         ]
-        environments = [worker_environment(index, workers, options.gpus, options.cores) for index in range(workers)]
+        environments = [worker_environment(index, workers, gpus, options.cores) for index in range(workers)]
         for event in pool.run_jobs(jobs, setup, environments=environments, memory_bytes=int(profile.memory_gib * 2**30)):
             if isinstance(event, pool.Started):
                 progress.started(event.name)

@@ -26,7 +26,7 @@ def good(matrix):
     profile = matrix.profiles["cpu"]
     cells = []
     for cell in matrix.cells:
-        reason = not_run_reason(cell, gpu=False)
+        reason = not_run_reason(cell, gpus=0)
         ran = {"status": "passed", "checks": crashing.CHECKS, "errors": crashing.ERRORS, "seconds": 1.0, "peak_mib": 100}
         cells.append({**describe(cell, profile), **({"status": "not run", "why": reason} if reason else copy.deepcopy(ran))})
     return {"schema": 1, "profile": "cpu", "sources": "abc", "seed": 1, "shard": "1/1", "seconds": 5.0, "cells": cells}
