@@ -7,6 +7,8 @@ from typing import Any
 
 PINNED = re.compile(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
 NOT_A_FORK = "github.event_name != 'pull_request' || github.event.pull_request.head.repo.full_name == github.repository"
+OPTIONAL_RUNNER = re.compile(rf"vars\.[A-Z_]+ == 'yes' && \({re.escape(NOT_A_FORK)}\)")
+"""For a runner that a repository may lack: without the variable the job is skipped instead of waiting for a machine."""
 
 
 def nox_sessions(source: str) -> set[str]:
@@ -49,7 +51,8 @@ def job_problems(where: str, job: dict[str, Any], labels: set[str]) -> Iterator[
         if "${{" in step.get("run", ""):
             yield f"{where}: a script contains an expression; pass it through env: {step['run'].splitlines()[0]}"
     if "self-hosted" in job["runs-on"]:
-        if job.get("if") != NOT_A_FORK:
+        condition = job.get("if", "")
+        if condition != NOT_A_FORK and not OPTIONAL_RUNNER.fullmatch(condition):
             yield f"{where}: is self-hosted and does not say `if: {NOT_A_FORK}`"
         if "environment" not in job:
             yield f"{where}: is self-hosted and has no environment"

@@ -1,5 +1,6 @@
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_workflow_keeps_the_rules(path: Path):
         ("@3d3c42e5aac5ba805825da76410c181273ba90b1 # v7.0.1", "@v7", "not pinned to a commit"),
         ("persist-credentials: false", "persist-credentials: true", "a checkout keeps its credentials"),
         ("    if: github.event_name != 'pull_request' ||", "    if: true ||", "is self-hosted and does not say"),
+        ("TWO_GPU_RUNNER == 'yes' && (github", "TWO_GPU_RUNNER == 'yes' || (github", "is self-hosted and does not say"),
         ("    environment: h100\n", "", "is self-hosted and has no environment"),
         ("x64, h100]", "x64, h200]", "labels ['h200'] are not listed"),
         ("    timeout-minutes: 30\n", "", "has no timeout-minutes"),
@@ -66,9 +68,23 @@ def test_gate_always_reports_on_all_jobs():
     assert "exit 1" in first["run"]
 
 
-def test_only_the_shards_use_an_h100():
-    assert [name for name, job in jobs(GPU).items() if "self-hosted" in job["runs-on"]] == ["shards"]
+def test_only_shards_and_two_gpus_use_h100s():
+    assert [name for name, job in jobs(GPU).items() if "self-hosted" in job["runs-on"]] == ["shards", "two-gpus"]
     assert jobs(GPU)["shards"]["strategy"]["fail-fast"] is False
+
+
+def test_two_gpus_are_skipped_where_no_runner_is_announced_and_the_gate_says_so():
+    assert jobs(GPU)["two-gpus"]["if"].startswith("vars.TWO_GPU_RUNNER == 'yes' && (")
+    steps = {step.get("name"): step for step in jobs(GPU)["gate"]["steps"]}
+    step = steps["Did expert parallelism run on two GPUs?"]
+    assert step["if"] == "always()"
+    assert step["env"] == {"TWO_GPUS": "${{ needs.two-gpus.result }}"}
+    for result, code in (("success", 0), ("skipped", 0), ("failure", 1), ("cancelled", 1)):
+        environment = {**os.environ, "TWO_GPUS": result, "GITHUB_STEP_SUMMARY": os.devnull}
+        ran = subprocess.run(["bash", "-c", step["run"]], env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == code
+        assert ran.stdout.startswith(f"Expert parallelism on two GPUs: {result}")
+        assert ("no runner is labelled h100x2" in ran.stdout) is (result == "skipped")
 
 
 def test_one_commit_per_action_across_workflows():

@@ -120,9 +120,9 @@ def _transport(transport: str | Transport, mesh: DeviceMesh, chunks: int, max_to
         raise ValueError(f"transport={transport!r}: must be one of {', '.join(TRANSPORTS)}")
     if transport == "all_to_all":
         return AllToAll(mesh.get_group())
-    from sonicmoe.parallel.symmetric import SymmetricMemory
+    from sonicmoe.parallel import symmetric
 
     if max_tokens is None or max_tokens < 1:
         raise ValueError(f'max_tokens={max_tokens}: must be at least 1 for transport="symmetric_memory"')
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
-    return SymmetricMemory(mesh.get_group(), device, chunk_tokens=-(-max_tokens // chunks), capacity=capacity)
+    return symmetric.shared(mesh.get_group(), device, -(-max_tokens // chunks), capacity)

@@ -11,6 +11,7 @@ process's own; rows are copied out of it, as those of the next exchange overwrit
 NVLink multicast is not used; `sonicmoe.parallel.launch` switches it off for the process.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def shared(group: dist.ProcessGroup, device: torch.device, chunk_tokens: int, capacity: float | None) -> "SymmetricMemory":
+    """One transport, and one set of buffers, for all layers with the same needs: their exchanges come one after the other."""
+    return SymmetricMemory(group, device, chunk_tokens=chunk_tokens, capacity=capacity)
+
+
 class SymmetricMemory:
     """See the module.
 
@@ -69,7 +76,8 @@ class SymmetricMemory:
             raise ValueError(f"capacity={capacity}: must be at least 1, an even share")
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        symmetric_memory.set_backend("NVSHMEM")
+        if symmetric_memory.get_backend(device) != "NVSHMEM":
+            symmetric_memory.set_backend("NVSHMEM")  # refused by torch once another backend's memory is in use
         self._init(group, chunk_tokens, capacity, torch.ops.symm_mem.all_to_all_vdev, symmetric_memory.empty)
         self._side = torch.cuda.Stream(device)
 

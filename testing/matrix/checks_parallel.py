@@ -58,10 +58,13 @@ def _answer(processes: list[subprocess.Popen], deadline: float) -> dict[str, Any
         if failed or time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    for rank, process in enumerate(processes):
-        if process.poll() != 0:
-            said = process.stdout.read().decode(errors="replace").strip().splitlines() if process.poll() is not None else []
-            raise RuntimeError(f"process {rank} ended with {process.poll()}: {said[-1] if said else 'no answer in time'}")
+    failed = [(rank, process) for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+    for rank, process in failed:
+        said = process.stdout.read().decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"process {rank} ended with {process.poll()}: {said[-1] if said else 'it said nothing'}")
+    late = [str(rank) for rank, process in enumerate(processes) if process.poll() is None]
+    if late:
+        raise RuntimeError(f"no answer in time from process {', '.join(late)}")
     lines = processes[0].stdout.read().decode().splitlines()
     return json.loads(next(line for line in lines if line.startswith(_ANSWER)).removeprefix(_ANSWER))
 
