@@ -92,8 +92,7 @@ def start(expert: int, device: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, com
             raise ValueError(f"--expert-parallel {expert}: must divide the {world} processes that torchrun has started")
     own = _device(device)
     if not dist.is_initialized():
-        for name, value in _NO_MULTICAST.items():
-            os.environ.setdefault(name, value)
+        without_multicast()
         on_gpu = own.type == "cuda"
         timeout = timedelta(seconds=timeout_s)
         # Processes that torchrun restarts find the store of those before them; under one prefix for each start they do not read the
@@ -104,6 +103,12 @@ def start(expert: int, device: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, com
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     mesh = init_device_mesh(own.type, (dist.get_world_size() // expert, expert), mesh_dim_names=("replicas", "expert"))
     return Processes(mesh, own)
+
+
+def without_multicast() -> None:
+    """Before a process's first group."""
+    for name, value in _NO_MULTICAST.items():
+        os.environ.setdefault(name, value)
 
 
 def restarts() -> int:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from sonicmoe.parallel.launch import without_multicast
+
 
 class RankError(RuntimeError):
     """A function raised on some ranks; the message holds each one's traceback."""
@@ -100,6 +102,7 @@ class _Raised:
 def _serve(pipe: Connection, rank: int, processes: int, device_type: str, port: int, timeout_s: float) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
+    without_multicast()
     backend, device = "gloo", None
     if device_type == "cuda":
         backend, device = "nccl", torch.device("cuda", rank)

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import io
 import os
+import runpy
+import sys
 from datetime import timedelta
 from functools import cache
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -263,6 +266,18 @@ def bench(arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = cli.main(["bench", *arguments])
     return code, printed.getvalue()
+
+
+def run_script(path: str, *arguments: str) -> str:
+    """What a script prints on this rank, in the group that is there already."""
+    with (
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+        mock.patch.object(sys, "argv", [path, *arguments]),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
 
 
 def replay_repeats_a_pass() -> bool:

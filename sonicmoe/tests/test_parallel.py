@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_bench_tells_exposed_exchange_and_bandwidth(ranks: LocalGroup, tmp_path)
     # Two journeys forward, four in all, of at most every token to the one other rank.
     assert 0 < forward["sent_mib"] <= 2 * 64 * 32 * 4 / 2**20
     assert both["sent_mib"] == pytest.approx(2 * forward["sent_mib"])
+
+
+def test_example_trains_and_its_checkpoint_loads_on_one_process(ranks: LocalGroup, tmp_path):
+    script = Path(__file__).absolute().parents[2] / "examples" / "expert_parallel.py"
+    printed, *others = ranks.run(checks.run_script, str(script), "--expert-parallel", "2", "--out", str(tmp_path))
+    assert others == ["", "", ""]
+    begin, end, loaded = printed.splitlines()
+    assert float(end.rsplit(" ", 1)[1]) < 0.5 * float(begin.rsplit(" ", 1)[1])
+    assert loaded == "one process loads experts.w_up, experts.w_down, experts.router.weight"
 
 
 def test_bench_refuses_capacity_without_symmetric_memory(ranks: LocalGroup):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from sonicmoe.training.config import TrainConfig
 from sonicmoe.training.experiment import Experiment, read_checkpoint
 
 CONFIG = TrainConfig(
-    steps=64,
+    steps=32,
     batch_size=4,
     context=16,
     hidden_size=32,
@@ -29,7 +28,7 @@ CONFIG = TrainConfig(
     experts_per_token=2,
     routing="nearest",
     tile_m=8,
-    lr=1e-3,
+    lr=3e-3,
 )
 OPTIONS = [item for name in vars(CONFIG) for item in (f"--{name.replace('_', '-')}", str(getattr(CONFIG, name)))]
 TIMEOUT_S = 180
@@ -111,21 +110,6 @@ def test_one_process_continues_the_checkpoint_of_two(interrupted: tuple[Path, st
     moments = alone.learners["nearest"].optimizer.state_dict()["state"]
     for index, moment in checkpoint["learners"]["nearest"]["optimizer"]["state"].items():
         torch.testing.assert_close(moments[index]["exp_avg"], moment["exp_avg"], rtol=0, atol=0)
-
-
-def test_example_trains_and_its_checkpoint_loads_on_one_process(tmp_path: Path):
-    script = Path(__file__).absolute().parents[2] / "examples" / "expert_parallel.py"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(script), "--out", str(tmp_path)]
-    second = subprocess.Popen(command, env={**environment, "RANK": "1"}, stderr=subprocess.DEVNULL)
-    first = subprocess.run(command, env={**environment, "RANK": "0"}, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert first.returncode == second.wait(TIMEOUT_S) == 0, first.stderr
-    begin, end, loaded = first.stdout.splitlines()
-    assert float(end.rsplit(" ", 1)[1]) < 0.5 * float(begin.rsplit(" ", 1)[1])
-    assert loaded == "one process loads experts.w_up, experts.w_down, experts.router.weight"
 
 
 def test_needs_torchrun(capsys: pytest.CaptureFixture[str]):
