@@ -15,6 +15,9 @@ from sonicmoe.activations import is_gated
 from sonicmoe.experts import routed_experts
 from sonicmoe.router import Router
 
+EXPERT_PARAMETERS = ("w_up", "w_down", "b_up", "b_down")
+"""The parameters whose first dimension is the experts."""
+
 
 class RouterOutput(NamedTuple):
     """What the router decided, for auxiliary losses and monitoring."""

@@ -8,12 +8,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from sonicmoe.moe import MoE
+from sonicmoe.moe import EXPERT_PARAMETERS, MoE
 from sonicmoe.parallel.layer import ExpertParallelism
 from sonicmoe.parallel.transport import AllToAll, Transport
 
 TRANSPORTS = ("all_to_all", "symmetric_memory")
-EXPERT_PARAMETERS = ("w_up", "w_down", "b_up", "b_down")
 
 
 def expert_parallel(

@@ -17,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from routing import RouterConfig
 from sonicmoe import MoE, accuracy, cases, cli
+from sonicmoe.moe import EXPERT_PARAMETERS
 from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging, measure
 from sonicmoe.parallel.launch import Processes
 from sonicmoe.parallel.layer import ExpertParallelism
@@ -86,6 +88,24 @@ def _all_to_all_vdev(source: torch.Tensor, out: torch.Tensor, splits: torch.Tens
     received = offsets[0].tolist()
     out.fill_(255)
     dist.all_to_all_single(out[: sum(received)], source[: splits.sum()].contiguous(), received, splits.tolist(), group=group)
+
+
+def gradients_agree(way: str) -> None:
+    """Under activation checkpointing, or for tokens or a router that need no gradient, those that are asked for stay the same."""
+    results = []
+    for changed in (False, True):
+        layer = expert_parallel(_layer(bias=True), mesh(4)["expert"], chunks=2)
+        x = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+        x.requires_grad_(not (changed and way == "tokens"))
+        layer.router.requires_grad_(not (changed and way == "router"))
+        out = checkpointed(layer, x, use_reentrant=False) if changed and way == "checkpoint" else layer(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, layer.router.weight.grad, *(getattr(layer, name).grad for name in EXPERT_PARAMETERS)])
+    for plain, other in zip(*results, strict=True):
+        if other is not None and not (way == "router" and other is results[1][1]):  # without the router tokens have a smaller gradient
+            torch.testing.assert_close(plain, other, rtol=0, atol=0)
+    assert (results[1][1] is None) is (way == "tokens")
+    assert (results[1][2] is None) is (way == "router")
 
 
 def rounding_agrees(expert: int, split: list[int], mode: str, tile_m: int, ties: bool) -> bool:

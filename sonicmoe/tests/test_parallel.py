@@ -114,6 +114,11 @@ def test_token_rounding_chooses_what_one_device_chooses(ranks: LocalGroup, mode:
     assert all(ranks.run(checks.rounding_agrees, 4, [20, 0, 37, 7], mode, tile_m, ties))
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "tokens", "router"])
+def test_gradients_that_are_asked_for_do_not_depend_on_the_others(ranks: LocalGroup, way: str):
+    ranks.run(checks.gradients_agree, way)
+
+
 def test_a_token_travels_once_to_each_rank(ranks: LocalGroup):
     for copies, pairs in ranks.run(checks.copies_and_pairs, 2):
         assert copies == pairs

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from sonicmoe.parallel.apply import EXPERT_PARAMETERS, expert_parallel
+from sonicmoe.moe import EXPERT_PARAMETERS
 from sonicmoe.parallel.launch import Processes
 from sonicmoe.training.model import LanguageModel
 
@@ -93,6 +93,8 @@ class Shares(Alone):
         return batch.tensor_split(self.processes.size)[self.processes.rank]
 
     def spread(self, model: LanguageModel) -> None:
+        from sonicmoe.parallel import expert_parallel  # a second of imports that one process does without
+
         for block in model.blocks:
             expert_parallel(block.experts, self.processes.expert, **self.options)
 
