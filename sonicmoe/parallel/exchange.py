@@ -133,8 +133,10 @@ class _Arrive(torch.autograd.Function):
         token_index = torch.where(real, position.squeeze(1) + row_begins[source], rows.shape[0]).int()
         expert_index = torch.where(real, expert.squeeze(1), num_experts)
         arrived = torch.where(real, bits.contiguous().view(score.dtype).squeeze(1), 0.0)
-        ctx.mark_non_differentiable(token_index, expert_index)
-        return rows.view_as(rows), arrived, token_index, expert_index
+        rows = rows.view_as(rows)
+        unneeded = (out for out, needed in zip((rows, arrived), ctx.needs, strict=True) if not needed)
+        ctx.mark_non_differentiable(token_index, expert_index, *unneeded)
+        return rows, arrived, token_index, expert_index
 
     @staticmethod
     @once_differentiable

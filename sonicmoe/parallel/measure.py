@@ -47,8 +47,8 @@ class Recorder:
     def __init__(self, transport: Transport) -> None:
         self.transport, self.group = transport, transport.group
         self.journeys: list[Journey] = []
-        self.counts: torch.Tensor | None = None
-        self.replay, self._next, self._legs = False, 0, []
+        self.replay, self._next = False, 0
+        self._legs: list[tuple[Leg, Leg]] = []
 
     def restart(self, *, replay: bool) -> None:
         """Before each pass."""
@@ -58,7 +58,7 @@ class Recorder:
 
     def legs(self, counts: torch.Tensor, **sizes: int | None) -> list[tuple[Leg, Leg]]:
         if not self.replay:
-            self.counts, self._legs = counts, self.transport.legs(counts, **sizes)
+            self._legs = self.transport.legs(counts, **sizes)
         return self._legs
 
     def start(self, leg: Leg, rows: torch.Tensor) -> Flight:
@@ -80,13 +80,7 @@ class _Arrived:
         return self.rows
 
 
-def measure(
-    problem: Problem,
-    processes: Processes,
-    *,
-    repeats: int | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
+def measure(problem: Problem, processes: Processes, *, repeats: int | None = None, **options: Any) -> list[dict[str, Any]]:
     """One cell for each of MODES, in the format of recorded results; a collective.
 
     Args:
@@ -152,7 +146,7 @@ def _pass(layer: MoE, x: torch.Tensor, dout: torch.Tensor, mode: str) -> Callabl
 def _exchange_variants(
     layer: MoE, recorder: Recorder, recorded: ExpertParallelism, parallelism: ExpertParallelism, run: Callable[[], None]
 ) -> dict[str, Callable[[], None]]:
-    """ "compute", "exchange" and "backend", after one recorded pass."""
+    """The variants compute, exchange and backend, after one recorded pass."""
     layer.parallelism = recorded
     recorder.restart(replay=False)
     run()

@@ -10,9 +10,9 @@ import torch
 from routing import Routing
 from sonicmoe import accuracy
 from sonicmoe.cases import DTYPES
-from sonicmoe.parallel.local import LocalGroup
 from sonicmoe.parallel.plan import chunk_bounds, plan_sends
 from sonicmoe.tests import parallel_checks as checks
+from sonicmoe.tests.local_group import LocalGroup
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from sonicmoe import accuracy
 from sonicmoe.cases import DTYPES
 from sonicmoe.parallel import symmetric
-from sonicmoe.parallel.local import LocalGroup
 from sonicmoe.tests import parallel_checks as checks
+from sonicmoe.tests.local_group import LocalGroup
 from sonicmoe.thiek import Thiek
 
 pytestmark = [

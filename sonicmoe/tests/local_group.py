@@ -1,7 +1,4 @@
-"""Processes of this machine that form a group and call functions together: for tests, checks and trying things out.
-
-Training runs under torchrun; this keeps a group alive between calls, because a process takes seconds to import torch.
-"""
+"""Processes of this machine that form a group and call functions together, kept alive between tests: each takes seconds to import torch."""
 
 import os
 import socket
