@@ -69,7 +69,8 @@ def plan_sends(routing: Routing, *, processes: int, chunks: int) -> Sends:
     buckets = chunks * processes
     bucket = torch.where(live, chunk * processes + expert // own, buckets)
     # The plan sorts by bucket, token and slot; its rows in use come first.
-    plan = dispatch.plan(routing.token_index, bucket, num_tokens=tokens, num_experts=buckets, slots_per_token=routing.slots_per_token)
+    shape = {"num_tokens": tokens, "num_experts": buckets, "slots_per_token": routing.slots_per_token}
+    plan = dispatch.plan(routing.token_index.int(), bucket.int(), **shape)
     rows = torch.arange(expert.shape[0], device=device)
     in_use = rows < plan.offsets[-1]
     slot = torch.where(in_use, plan.row_to_slot, 0).long()
