@@ -7,7 +7,8 @@ PTX, and the CUDA runtime to link into a second shared object.
 
 A kernel module's ``trace(**params)`` returns ``(function, arguments)``: a ``@cute.jit`` function and fake arguments to compile
 it for, the last of them ``make_fake_stream(use_tvm_ffi_env_stream=True)``, which becomes the caller's current stream and leaves
-the signature. ``None`` among the arguments stays an argument that must be None.
+the signature. ``None`` among the arguments stays an argument that must be None. It cannot import torch: the compiler would, only
+because it is installed, and loading it takes longer than compiling most kernels.
 """
 
 import importlib
@@ -41,6 +42,7 @@ class _PackagesWithoutInit(importlib.abc.MetaPathFinder):
 
 def _compile(request: dict, object_file: Path) -> None:
     os.environ["CUTE_DSL_ARCH"] = request["arch"]
+    sys.modules["torch"] = None  # its import raises ModuleNotFoundError, as where it is not installed
     sys.meta_path.insert(0, _PackagesWithoutInit(request["packages"]))
     from cutlass import cute
 

@@ -51,6 +51,12 @@ def _launch(x: cute.Tensor, y: cute.Tensor, spill: cutlass.Constexpr, stream: cu
 
 
 def trace(*, spill):
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        raise RuntimeError("torch was loaded to compile a kernel")
     n = cute.sym_int()
     x, y = (make_fake_compact_tensor(cutlass.Float32, (n,)) for _ in range(2))
     return _launch, (x, y, spill, make_fake_stream(use_tvm_ffi_env_stream=True))
