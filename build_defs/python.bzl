@@ -86,7 +86,7 @@ def sonic_py_library(name, srcs, deps = [], **kwargs):
     """
     _library(name = name, srcs = srcs, deps = deps, **kwargs)
 
-def sonic_py_test(src, deps = [], data = [], gpu = "none", gpu_data = [], tags = [], size = "medium", **kwargs):
+def sonic_py_test(src, deps = [], data = [], gpu = "none", gpu_data = [], tags = [], size = "small", **kwargs):
     """One pytest file as a test target named after it, and its GPU tests as NAME_gpu.
 
     The GPU target is tagged `gpu` and runs alone on the machine; where there is no sm_90 GPU its tests are skipped by
@@ -99,7 +99,7 @@ def sonic_py_test(src, deps = [], data = [], gpu = "none", gpu_data = [], tags =
       gpu: which of its tests are marked `gpu`: "none", "some" or "all".
       gpu_data: files that only the GPU tests read, such as prebuilt kernels.
       tags: Bazel tags.
-      size: Bazel test size; medium has five minutes, ample also on a busy machine.
+      size: Bazel test size, which says how long it should take; .bazelrc gives every size ample time on a busy machine.
       **kwargs: runtime_deps and common test attributes.
     """
     name = src[:-len(".py")]

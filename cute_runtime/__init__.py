@@ -10,7 +10,7 @@ Importing this package imports neither the compiler nor torch nor tvm_ffi, and t
 from cute_runtime.build import KernelCompileError, MissingToolError, build
 from cute_runtime.checks import INT32_ELEMENTS, check_launch, is_supported_device, on_device
 from cute_runtime.discover import prebuilt_variants
-from cute_runtime.load import MissingKernelError, load
+from cute_runtime.load import MissingKernelError, find, load
 from cute_runtime.resources import Resources, read_resources
 from cute_runtime.variant import Variant
 
@@ -23,6 +23,7 @@ __all__ = [
     "Variant",
     "build",
     "check_launch",
+    "find",
     "is_supported_device",
     "load",
     "on_device",

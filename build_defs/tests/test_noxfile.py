@@ -1,0 +1,110 @@
+"""What the nox sessions make of tools that are missing, of commands that fail, and of tests that cannot run here."""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from nox.command import CommandFailed
+
+ROOT = Path(__file__).absolute().parents[2]
+PYTEST_REPORT = '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>'
+BAZEL = """#!/bin/sh
+echo "$@" >> {log}
+case $1 in
+query) echo //routing/tests:test_top_k_gpu; echo //dispatch/tests:test_plan_gpu;;
+test) for option; do case $option in --build_event_json_file=*) cp {events} "${{option#*=}}";; esac; done; exit {status};;
+esac
+"""
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Once: nox keeps a list of all sessions that were ever defined."""
+    spec = importlib.util.spec_from_file_location("noxfile_under_test", ROOT / "noxfile.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def noxfile(tmp_path, monkeypatch):
+    """The module, with its outputs in a folder of the test's own."""
+    module = load()
+    monkeypatch.setattr(module, "OUT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    return module
+
+
+class Session:
+    """As much of nox.Session as the stages use."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.log = lambda message: None
+        self.warn = self.warnings.append
+
+    def error(self, message: str) -> None:
+        raise SystemExit(message)
+
+    def run(self, *command: str, env: dict[str, str] | None = None, external: bool) -> None:
+        if subprocess.run(command, check=False).returncode:
+            raise CommandFailed
+
+
+def test_every_stage_runs_though_a_tool_is_missing(noxfile, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bazel, no apt-get
+    session = Session()
+    stages = {"bazel": lambda: noxfile.bazel_stage(session, "python"), "last": lambda: (2, 0, 5)}
+    with pytest.raises(SystemExit, match=r"^failed: bazel$"):
+        noxfile.run_stages(session, stages)
+    (warning,) = session.warnings
+    assert warning == "no bazelisk or bazel on PATH and no apt-get to install bazel-bootstrap with: install it, then run this again"
+    lines = (tmp_path / "tests" / "summary.txt").read_text().splitlines()
+    assert [line.split()[:4] for line in lines[1:3]] == [["bazel", "0", "1", "0"], ["last", "2", "0", "5"]]
+    assert lines[-1] == "2 passed, 1 failed"
+
+
+@pytest.mark.parametrize(("fails", "expected"), [(False, (2, 0, 1)), (True, (2, 1, 1))])
+def test_pytest_that_fails_without_a_failed_test_has_failed(noxfile, monkeypatch, fails, expected):
+    def run(session, *command, env):
+        (noxfile.OUT / "tests" / "pytest.xml").write_text(PYTEST_REPORT)
+        if fails:
+            raise CommandFailed
+
+    monkeypatch.setattr(noxfile, "run", run)
+    assert noxfile.pytest_stage(Session(), "python", [], {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "status", "outcomes", "expected"),
+    [
+        ([], 0, ["PASSED", "FLAKY"], (2, 0, 2)),
+        (["NVIDIA A100, 8.0"], 3, ["PASSED", "FAILED", "TIMEOUT"], (1, 2, 2)),
+        (["NVIDIA H100 80GB HBM3, 9.0"], 0, ["PASSED"], (1, 0, 0)),
+        ([], 1, [], (0, 1, 2)),  # the build failed
+    ],
+)
+def test_bazels_gpu_tests_are_skipped_and_not_passed_without_one(noxfile, monkeypatch, tmp_path, gpus, status, outcomes, expected):
+    events, log, bazel = tmp_path / "events", tmp_path / "log", tmp_path / "bazel"
+    events.write_text("".join(f'{{"testSummary": {{"overallStatus": "{outcome}"}}}}\n' for outcome in outcomes) + '{"started": {}}\n')
+    bazel.write_text(BAZEL.format(log=log, events=events, status=status))
+    bazel.chmod(0o755)
+    monkeypatch.setattr(noxfile, "system_tool", lambda session, *names: str(bazel))
+    monkeypatch.setattr(noxfile, "bazel_environment", lambda python: {})
+    monkeypatch.setattr(noxfile, "listed_gpus", lambda: gpus)
+    assert noxfile.bazel_stage(Session(), "python") == expected
+    assert ("--test_tag_filters=-gpu" in log.read_text().splitlines()[0]) == (expected[2] > 0)
+
+
+def test_gpu_is_asked_of_the_driver(noxfile, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert noxfile.listed_gpus() == []
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0'\necho 'NVIDIA A100-SXM4-40GB, 8.0'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert [noxfile.is_hopper(gpu) for gpu in noxfile.listed_gpus()] == [True, False]
