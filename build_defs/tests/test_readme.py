@@ -45,7 +45,7 @@ def test_example_runs_as_written(tmp_path: Path):
 def test_main_job_runs_on_one_cell_and_writes_its_report(tmp_path: Path):
     result = run(
         *(sys.executable, "-m", "nox", "--no-venv", "-s", "matrix", "--"),
-        *("--profile", "cpu", "--cells", "experts/e8", "--jobs", "1", "--seed", "1", "--out", str(tmp_path / "results")),
+        *("--profile", "cpu", "--cells", "tokens/t127", "--jobs", "1", "--seed", "1", "--out", str(tmp_path / "results")),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert {"report.html", "report.md"} <= {path.name for path in (tmp_path / "results").iterdir()}

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
@@ -49,9 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; 1 where the loss is no longer finite; 128 + signal number after a signal. User errors are ValueErrors."""
-    # Read when torch is first imported. Threads that spin while they wait made a step on two busy cores 10 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     from sonicmoe import devices
     from sonicmoe.training import text
     from sonicmoe.training.experiment import Experiment, read_checkpoint

@@ -239,3 +239,10 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_workers_share_cores_and_gpus_and_sleep_while_they_wait(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert runner.worker_environment(0, 3, 0, cores=8) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert runner.worker_environment(0, 8, 0, cores=2)["OMP_NUM_THREADS"] == "1"
+    assert [runner.worker_environment(index, 4, 2, cores=8)["CUDA_VISIBLE_DEVICES"] for index in range(4)] == ["4", "5", "4", "5"]
