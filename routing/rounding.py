@@ -12,7 +12,7 @@ from dispatch import count_cumsum
 from routing import hopper
 from routing.rounding_hopper import rounded_slots
 from routing.scores_hopper import slot_scores
-from routing.scoring import check_choice, check_finite, check_logits, choose, expert_scores, finite, largest, renormalized
+from routing.scoring import check_choice, check_finite, check_logits, check_whole, choose, expert_scores, finite, largest, renormalized
 from routing.top_k_hopper import top_k_hopper
 from routing.types import Routing
 
@@ -119,6 +119,7 @@ def token_rounding(
 
 def check_rounding(tile_m: int, mode: str) -> None:
     """Refuse a rounding that cannot be made, whatever the logits."""
+    check_whole("tile_m", tile_m)
     if tile_m < 1:
         raise ValueError(f"tile_m={tile_m}: must be at least 1")
     if mode not in MODES:

@@ -25,6 +25,9 @@ _BLOCK_ELEMENTS_CPU = 2**18
 
 def check_choice(num_experts: int, k: int, scoring: str, scale: float, num_groups: int, groups_per_token: int, group_score: str) -> None:
     """Refuse a choice of experts that cannot be made, whatever the logits."""
+    check_whole("k", k)
+    check_whole("num_groups", num_groups)
+    check_whole("groups_per_token", groups_per_token)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k}: must be between 1 and the number of experts, {num_experts}")
     if scoring not in SCORINGS:
@@ -41,6 +44,12 @@ def check_choice(num_experts: int, k: int, scoring: str, scale: float, num_group
         raise ValueError(
             f"groups_per_token={groups_per_token}: {groups_per_token} groups of {num_experts // num_groups} experts must hold k={k}"
         )
+
+
+def check_whole(name: str, value: int) -> None:
+    """Refuse what is no integer, 2.0 included."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be an int")
 
 
 def check_logits(logits: torch.Tensor, selection_bias: torch.Tensor | None = None) -> None:

@@ -115,6 +115,8 @@ class MoE(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         validation.check_dtype(dtype)
         router = RouterConfig(k=num_experts_per_tok) if router is None else router
+        if not isinstance(router, RouterConfig):
+            raise TypeError(f"router={router!r}: must be a routing.RouterConfig or None")
         router.validate(num_experts)
         if router.k != num_experts_per_tok:
             raise ValueError(f"router.k={router.k}: must be num_experts_per_tok={num_experts_per_tok}")

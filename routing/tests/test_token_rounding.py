@@ -314,6 +314,7 @@ def test_full_size_is_rounded_and_planned_within_seconds_without_waste() -> None
     ("change", "message"),
     [
         ({"tile_m": 0}, "tile_m=0: must be at least 1"),
+        ({"tile_m": 1.5}, r"tile_m=1\.5: must be an int"),
         ({"mode": "ceil"}, "mode='ceil': must be one of nearest, up, down, stochastic, balanced"),
         ({"k": 5}, "k=5: must be between 1 and the number of experts, 4"),
         ({"scoring": "none"}, "scoring='none': must be one of"),
@@ -322,5 +323,5 @@ def test_full_size_is_rounded_and_planned_within_seconds_without_waste() -> None
 )
 def test_bad_input_is_refused_by_name(change: dict, message: str) -> None:
     arguments = {"logits": torch.zeros(8, 4), "k": 2, "tile_m": 4, "mode": "up", **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         token_rounding(**arguments)

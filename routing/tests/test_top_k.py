@@ -230,6 +230,9 @@ def test_full_size_is_routed_within_seconds() -> None:
     [
         ({"k": 9}, ValueError, "k=9: must be between 1 and the number of experts, 8"),
         ({"k": 0}, ValueError, "k=0: must be between 1 and the number of experts, 8"),
+        ({"k": 2.0}, TypeError, r"k=2\.0: must be an int"),
+        ({"k": None}, TypeError, "k=None: must be an int"),
+        ({"num_groups": "2"}, TypeError, "num_groups='2': must be an int"),
         ({"scoring": "tanh"}, ValueError, "scoring='tanh': must be one of softmax, softmax_topk, sigmoid"),
         ({"scale": math.nan}, ValueError, "scale=nan: must be finite"),
         ({"num_groups": 3}, ValueError, "num_groups=3: must be at least 1 and divide the number of experts, 8"),

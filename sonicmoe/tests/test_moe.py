@@ -201,6 +201,8 @@ def test_bad_types_are_refused_in_one_sentence():
         MoE(16.0, I, E, K)
     with pytest.raises(TypeError, match=r"dtype=torch.int8: must be one of"):
         MoE(H, I, E, K, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"router='token_rounding': must be a routing.RouterConfig or None"):
+        MoE(H, I, E, K, router="token_rounding")
     with pytest.raises(ValueError, match=r"x has shape \(3, 8\): must be \(..., 16\)"):
         make_layer()(draw(3, 8))
     with pytest.raises(TypeError, match=r"x has dtype torch.bfloat16: must be the weights' torch.float32"):
