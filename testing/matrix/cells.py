@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sonicmoe.thiek import Thiek
-from testing.matrix.located import LocatedDict, MatrixError, load
+from testing.matrix.located import LocatedDict, LocatedList, MatrixError, load
 from testing.matrix.speed import Floor, Floors, Rule
+
+_NOTHING = LocatedDict()
+_NOTHING.line, _NOTHING.lines = 0, {}
 
 DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
 
@@ -268,15 +271,20 @@ class _Reader:
         cells: list[Cell] = []
         for group, line in zip(groups, groups.lines, strict=True):
             self.check_keys(group, f"a group of {section}", required={"group", "about", "cells"}, optional={"common"}, line=line)
-            self.groups[group["group"]] = group["about"]
-            common = group.get("common", LocatedDict())
-            for body, cell_line in zip(group["cells"], group["cells"].lines, strict=True):
+            title = self.word(group, "group", f"a group of {section}")
+            self.groups[title] = self.word(group, "about", f"group {title}")
+            common, bodies = group.get("common", _NOTHING), group["cells"]
+            if not isinstance(common, LocatedDict):
+                self.fail(group.lines["common"], f"group {title}", "common must be a mapping of what its cells share")
+            if not isinstance(bodies, LocatedList):
+                self.fail(group.lines["cells"], f"group {title}", "cells must be a list of cells")
+            for body, cell_line in zip(bodies, bodies.lines, strict=True):
                 if not isinstance(body, LocatedDict) or "name" not in body:
-                    self.fail(cell_line, f"group {group['group']}", "a cell must be a mapping with a name")
-                name = f"{group['group']}/{body['name']}"
+                    self.fail(cell_line, f"group {title}", "a cell must be a mapping with a name")
+                name = f"{title}/{self.word(body, 'name', f'group {title}')}"
                 merged = LocatedDict({**common, **body})
                 merged.line = cell_line
-                merged.lines = {**getattr(common, "lines", {}), **body.lines}
+                merged.lines = {**common.lines, **body.lines}
                 for cell in build(merged, name, cell_line):
                     if cell.name in self.names:
                         self.fail(cell_line, f"cell {cell.name}", f"the name was already given on line {self.names[cell.name]}")
@@ -285,6 +293,12 @@ class _Reader:
         return cells
 
     # --- values --------------------------------------------------------------------------------------------------
+
+    def word(self, body: LocatedDict, key: str, where: str) -> str:
+        value = body[key]
+        if not isinstance(value, str) or not value:
+            self.fail(body.lines[key], where, f"{key} {value!r} must be a text")
+        return value
 
     def choice(self, body: LocatedDict, key: str, allowed: Iterable[str], where: str, default: str) -> str:
         value = body.get(key, default)
@@ -327,14 +341,16 @@ class _Reader:
         for name, size in (("H", sizes.H), ("I", sizes.I)):
             if size < 8 or size % 8:
                 self.fail(line, where, f"{name}={size} must be a positive multiple of 8")
-        self.check_choice_of_experts(sizes.E, sizes.K, line, where)
+        self.check_routable(sizes.T, sizes.E, sizes.K, line, where)
         return sizes
 
-    def check_choice_of_experts(self, experts: int, per_token: int, line: int, where: str) -> None:
+    def check_routable(self, tokens: int, experts: int, per_token: int, line: int, where: str) -> None:
         if experts < 1:
             self.fail(line, where, f"E={experts} must be at least 1")
         if not 1 <= per_token <= experts:
             self.fail(line, where, f"K={per_token} must be from 1 to E={experts}")
+        if tokens * per_token >= 2**31 or experts >= 2**31:
+            self.fail(line, where, f"T*K={tokens * per_token} and E={experts} must be below 2**31, for indices are int32")
 
     # --- the sections --------------------------------------------------------------------------------------------
 
@@ -366,13 +382,14 @@ class _Reader:
         for body in blocks or []:
             where = f"floors of {body['device']}" if isinstance(body, LocatedDict) and "device" in body else "floors"
             self.check_keys(body, where, required={"device", "power_limit_w", "cells"}, optional=set(), line=blocks.line)
+            device = self.word(body, "device", "floors")
             power = None if body["power_limit_w"] is None else self.number(body, "power_limit_w", where, low=1, high=10_000)
             cells = {}
             for name, floor in self.items(body["cells"], where):
                 if name not in speed_cells:
                     self.fail(body["cells"].lines[name], where, f"{name} is not a speed cell of this file")
                 cells[name] = self.read_floor(floor, f"{where}, {name}")
-            floors.append(Floors(body["device"], power, cells))
+            floors.append(Floors(device, power, cells))
         return floors
 
     def read_floor(self, body: Any, where: str) -> Floor:
@@ -429,10 +446,8 @@ class _Reader:
         return replace(spec, tile_m=self.whole(body, "tile_m", where, low=1), mode=mode)
 
     def named_routing(self, body: LocatedDict, where: str, experts: int, per_token: int) -> RoutingSpec:
-        name = body.get("routing")
-        line = body.lines.get("routing", body.line)
-        if name not in self.routings:
-            self.fail(line, where, f"routing {name!r} is not one of {', '.join(self.routings)}")
+        name = self.choice(body, "routing", tuple(self.routings), where, "")
+        line = body.lines["routing"]
         spec = self.routings[name]
         if experts % spec.num_groups:
             self.fail(line, where, f"E={experts} must be a multiple of the {spec.num_groups} groups of routing {name}")
@@ -475,7 +490,7 @@ class _Reader:
         required = {"name", "tokens", "experts", "per_token", "routing"}
         self.check_keys(body, where, required=required, optional={"load"})
         tokens, experts, per_token = (self.whole(body, key, where, low=0) for key in ("tokens", "experts", "per_token"))
-        self.check_choice_of_experts(experts, per_token, line, where)
+        self.check_routable(tokens, experts, per_token, line, where)
         routing = self.named_routing(body, where, experts, per_token)
         yield RoutingCell(name, line, tokens, experts, per_token, routing, self.choice(body, "load", LOADS, where, "normal"))
 

@@ -28,7 +28,7 @@ def load(path: Path) -> Any:
     """Parse a YAML file into plain values, LocatedDict and LocatedList.
 
     Raises:
-        MatrixError: the file cannot be read, is not YAML, or a mapping has the same key twice.
+        MatrixError: the file cannot be read, is not YAML, or a mapping has the same key twice or one that is no word.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,8 +50,10 @@ def _build(node: yaml.Node, path: Path, constructor: yaml.SafeLoader) -> Any:
         mapping = LocatedDict()
         mapping.line, mapping.lines = line, {}
         for key_node, value_node in node.value:
-            key = constructor.construct_object(key_node)
             key_line = key_node.start_mark.line + 1
+            key = constructor.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raise MatrixError(f"{path}:{key_line}: a key must be a word")
             if key in mapping:
                 raise MatrixError(f"{path}:{key_line}: the key {key!r} was already given on line {mapping.lines[key]}")
             mapping.lines[key] = key_line
