@@ -54,7 +54,11 @@ def build(variant: Variant, out_dir: str | os.PathLike) -> Path:
         return path
     with tempfile.TemporaryDirectory(prefix="cute_runtime.") as scratch:
         shared_object = run_compile_step(variant, Path(scratch), out_dir / f"{variant.name}.log")
-    write_object(path, shared_object, variant=variant, key=variant_key, compiler=f"{COMPILER} {compiler}", arch=ARCH, sources=digests)
+    facts = {"variant": variant, "key": variant_key, "compiler": f"{COMPILER} {compiler}", "arch": ARCH, "sources": digests}
+    try:
+        write_object(path, shared_object, **facts)
+    except OSError as error:
+        raise ValueError(f"out_dir={str(out_dir)!r}: cannot be written ({error.strerror})") from None
     return path
 
 

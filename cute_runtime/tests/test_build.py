@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import textwrap
@@ -207,6 +208,18 @@ def test_current_object_is_kept_and_stale_one_rebuilt(out, toy, monkeypatch):
     finally:
         constants.write_text("ADDEND = 1.5\n")
     assert steps == [ADD]
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_run_compile_step", lambda *_: bytes(1000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"^out_dir='.*': cannot be written \(File too large\)$"):
+            build_function(ADD, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kernel_that_does_not_compile_is_named_and_its_log_kept(toy, tmp_path):

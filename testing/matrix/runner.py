@@ -1,5 +1,6 @@
 """Runs a shard's cells in worker processes, shows progress, and writes what was measured so that a killed run resumes."""
 
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from testing.matrix.cells import Cell, Matrix, Profile
 from testing.matrix.describe import cell_seed, describe, not_run_reason
 from testing.matrix.judge import finish
 from testing.matrix.located import MatrixError
-from testing.matrix.results import FAILED, NOT_RUN, SCHEMA, read_result, write_result
+from testing.matrix.results import FAILED, NOT_RUN, SCHEMA, read_result, write_atomically, write_result
 from testing.matrix.sources import fingerprint
 from testing.matrix.speed import Machine
 
@@ -189,28 +190,24 @@ class _Journal:
         self.done = {cell["name"]: cell for cell in earlier["cells"]}
 
     def __enter__(self) -> "_Journal":
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = self.path.open("w", encoding="utf-8")
-        except OSError as error:
-            raise MatrixError(f"{self.path.parent}: cannot be written: {error.strerror}") from None
-        self._write({**self.identity, "seed": self.seed})
-        for result in self.done.values():
-            self._write(result)
+        lines = [{**self.identity, "seed": self.seed}, *self.done.values()]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.stream = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take has been reported
+            self.stream.close()
 
     def add(self, result: dict[str, Any]) -> None:
-        self._write(result)
+        try:
+            self.stream.write(json.dumps(result) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            raise MatrixError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(line) + "\n")
-        self.stream.flush()
 
 
 class Steps:

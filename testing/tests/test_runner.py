@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,25 @@ def test_an_unwritable_folder_is_refused_before_anything_runs(run):
     with pytest.raises(MatrixError, match="cannot be written"):
         run()
     assert not (run.tmp_path / "log").exists()
+
+
+@contextmanager
+def full_disk(most_bytes):
+    """No file may grow beyond this; Python raises OSError as for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("most_bytes", [10, 600])
+def test_a_full_disk_is_one_sentence_and_what_was_done_can_be_resumed(run, most_bytes):
+    with full_disk(most_bytes), pytest.raises(MatrixError, match=r"shard-1-of-1\.partial\.jsonl: cannot be written: File too large$"):
+        run()
+    assert [path.name for path in (run.tmp_path / "out").iterdir()] == ([] if most_bytes < 100 else ["shard-1-of-1.partial.jsonl"])
+    assert set(statuses(run(resume=True)).values()) == {"passed", "not run"}
 
 
 def test_a_shard_that_does_not_exist_is_refused(run):
