@@ -3,9 +3,11 @@
 T tokens, E experts, K experts per token, R routed rows.
 """
 
+import itertools
+
 import torch
 
-from routing import Routing
+from routing import Routing, top_k
 from testing.matrix.planting import Registry
 
 ROWS = Registry()
@@ -87,6 +89,15 @@ def _unstable_plan(right):
     return wrong
 
 
+@ROWS.add("a token's slots in another order", "dispatch", "plan", "tokens/t129")
+def _reorder_slots(right):
+    def wrong(*arguments, **options):
+        plan = right(*arguments, **options)
+        return plan._replace(token_slots=plan.token_slots[: int(plan.token_offsets[-1])].flip(0))
+
+    return wrong
+
+
 @ROWS.add("row numbers of 16 bits", "dispatch", "plan", "route/high-throughput")
 def _narrow_rows(right):
     def wrong(*arguments, **options):
@@ -121,6 +132,17 @@ def _nan_wins(right):
     return lambda logits, k, **options: right(logits.nan_to_num(nan=3e38, posinf=3e38, neginf=-3e38), k, **options)
 
 
+@ROWS.add("scores differ from run to run", "routing", "top_k", "loads/ties")
+def _unsteady_scores(right):
+    runs = itertools.count()
+
+    def wrong(*arguments, **options):
+        routed: Routing = right(*arguments, **options)
+        return routed._replace(score=routed.score * (1 + next(runs) % 2 * 2**-23))
+
+    return wrong
+
+
 @ROWS.add("scores not renormalised", "routing", "top_k", "scorings/softmax-renormalized")
 def _forget_renormalising(right):
     return lambda logits, k, *, renormalize, **options: right(logits, k, renormalize=False, **options)
@@ -151,6 +173,41 @@ def _one_row_short(right):
 @ROWS.add("up rounds to the nearest", "routing", "token_rounding", "rounding/up")
 def _nearest_for_up(right):
     return lambda logits, k, tile_m, mode, **options: right(logits, k, tile_m, "nearest" if mode == "up" else mode, **options)
+
+
+@ROWS.add("rounding drops the highest-scoring rows", "routing", "token_rounding", "route/down-e256")
+def _drop_highest(right):
+    def wrong(logits, *arguments, **options):
+        rows, chosen, scores = _rounded(right(logits, *arguments, **options), logits, *arguments)
+        return _routing_of(_lowest(scores.where(chosen, torch.inf), rows), scores)
+
+    return wrong
+
+
+@ROWS.add("rounding adds the lowest-scoring tokens", "routing", "token_rounding", "route/up-e256")
+def _add_lowest(right):
+    def wrong(logits, *arguments, **options):
+        rows, chosen, scores = _rounded(right(logits, *arguments, **options), logits, *arguments)
+        return _routing_of(chosen | _lowest(scores.where(~chosen, torch.inf), rows - chosen.sum(dim=0)), scores)
+
+    return wrong
+
+
+def _rounded(routed: Routing, logits: torch.Tensor, k: int, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(E,) rows of each expert after rounding, (T, E) whether top-K had chosen it, (T, E) softmax scores."""
+    rows = torch.bincount(routed.expert_index.long(), minlength=routed.num_experts + 1)[: routed.num_experts]
+    choice = top_k(logits, k).expert_index.view(-1, k).long()
+    return rows, torch.zeros_like(logits, dtype=torch.bool).scatter(1, choice, True), torch.softmax(logits, dim=1)
+
+
+def _lowest(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(T, E) True for each expert's rows[e] tokens of the lowest values."""
+    return values.argsort(dim=0).argsort(dim=0) < rows
+
+
+def _routing_of(given: torch.Tensor, scores: torch.Tensor) -> Routing:
+    token, expert = given.nonzero(as_tuple=True)
+    return Routing(token.int(), expert.int(), scores[token, expert], *scores.shape, None)
 
 
 @ROWS.add("stochastic rounds to the nearest", "routing", "token_rounding", "route/stochastic-64-e512-skewed")
