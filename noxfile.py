@@ -57,7 +57,7 @@ def run(session: nox.Session, *command: str | Path, env: dict[str, str] | None =
 
 
 def system_tool(session: nox.Session, *names: str) -> str:
-    """The path of the first of ``names`` on this machine; the last one is installed by apt where there is none.
+    """The path of the first of ``names`` on this machine; the last one is installed by apt where there is none and no ``--no-venv``.
 
     Raises:
         MissingToolError: there is none, and it could not be installed.
@@ -66,6 +66,8 @@ def system_tool(session: nox.Session, *names: str) -> str:
     if found:
         return found
     packages, wanted = APT_PACKAGES[names[-1]], " or ".join(names)
+    if not session.virtualenv.is_sandboxed:
+        raise MissingToolError(f"no {wanted} on PATH, and --no-venv installs nothing: install {packages}, then run this again")
     as_root = [] if os.geteuid() == 0 else ["sudo"]
     if shutil.which("apt-get") and (not as_root or shutil.which("sudo")):
         session.log(f"no {wanted} here: installing {packages}")

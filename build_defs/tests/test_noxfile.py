@@ -5,7 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from nox.command import CommandFailed
@@ -42,7 +42,8 @@ def noxfile(tmp_path, monkeypatch):
 class Session:
     """As much of nox.Session as the stages use."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sandboxed: bool = True) -> None:
+        self.virtualenv = SimpleNamespace(is_sandboxed=sandboxed)
         self.warnings: list[str] = []
         self.log = lambda message: None
         self.warn = self.warnings.append
@@ -66,6 +67,19 @@ def test_every_stage_runs_though_a_tool_is_missing(noxfile, monkeypatch, tmp_pat
     lines = (tmp_path / "tests" / "summary.txt").read_text().splitlines()
     assert [line.split()[:4] for line in lines[1:3]] == [["bazel", "0", "1", "0"], ["last", "2", "0", "5"]]
     assert lines[-1] == "2 passed, 1 failed"
+
+
+def test_without_an_environment_nothing_is_installed(noxfile, monkeypatch, tmp_path):
+    for name, status in (("apt-get", 1), ("sudo", 1), ("cc", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert noxfile.require(Session(sandboxed=False), "cc") == str(tmp_path / "cc")
+    message = "no bazelisk or bazel on PATH, and --no-venv installs nothing: install bazel-bootstrap, then run this again"
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        noxfile.require(Session(sandboxed=False), "bazelisk", "bazel")
+    with pytest.raises(SystemExit, match=r"^apt-get could not install bazel-bootstrap; install bazelisk or bazel by hand"):
+        noxfile.require(Session(), "bazelisk", "bazel")
 
 
 @pytest.mark.parametrize(("fails", "expected"), [(False, (2, 0, 1)), (True, (2, 1, 1))])
