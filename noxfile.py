@@ -56,7 +56,7 @@ def run(session: nox.Session, *command: str | Path, env: dict[str, str] | None =
     session.run(*map(str, command), env=env, external=True)
 
 
-def system_tool(session: nox.Session, *names: str) -> str:
+def find_tool(session: nox.Session, *names: str) -> str:
     """The path of the first of ``names`` on this machine; the last one is installed by apt where there is none and no ``--no-venv``.
 
     Raises:
@@ -82,10 +82,10 @@ def system_tool(session: nox.Session, *names: str) -> str:
     return found
 
 
-def require(session: nox.Session, *names: str) -> str:
+def system_tool(session: nox.Session, *names: str) -> str:
     """The same for a session that is pointless without the tool: it ends with the message."""
     try:
-        return system_tool(session, *names)
+        return find_tool(session, *names)
     except MissingToolError as error:
         session.error(str(error))
 
@@ -107,7 +107,7 @@ def test_jobs() -> int:
 def kernels_stage(session: nox.Session, python: str) -> tuple[int, int, int]:
     """Compiles every kernel, once: the stages after it read them from here."""
     try:
-        return bazel_kernels(session, python, system_tool(session, "bazelisk", "bazel"), OUT / "kernels"), 0, 0
+        return bazel_kernels(session, python, OUT / "kernels"), 0, 0
     except CommandFailed:
         return 0, 1, 0
 
@@ -136,7 +136,7 @@ def pytest_stage(session: nox.Session, python: str, arguments: list[str], enviro
 
 def bazel_stage(session: nox.Session, python: str) -> tuple[int, int, int]:
     """Without an sm_90 GPU its tests are not started: Bazel would call a test passed of which every part was skipped."""
-    bazel = system_tool(session, "bazelisk", "bazel")
+    bazel = find_tool(session, "bazelisk", "bazel")
     environment = bazel_environment(python)
     events = OUT / "tests" / "bazel-events.json"
     events.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def tests(session: nox.Session) -> None:
     """Kernels, unit tests, `bazel test //...`, ruff and the workflow checks; with `-- ARGS`, only pytest with these arguments."""
     (OUT / "tests" / "summary.txt").unlink(missing_ok=True)
     python = interpreter(session, "dev")
-    require(session, "cc")  # links the kernels that the tests build
+    system_tool(session, "cc")  # links the kernels that the tests build
     if session.posargs:
         run_stages(session, {"pytest": lambda: pytest_stage(session, python, session.posargs, {})})
         return
@@ -262,7 +262,7 @@ def matrix_interpreter(session: nox.Session) -> str:
     """Beside an sm_90 GPU also with the compiler: cells take more variants of the kernels than are prebuilt, and defects new ones."""
     if not any(map(is_hopper, listed_gpus())):
         return interpreter(session, "matrix")
-    require(session, "cc")
+    system_tool(session, "cc")
     return interpreter(session, "compile,matrix")
 
 
@@ -307,14 +307,15 @@ def compile_all(session: nox.Session) -> None:
     Fails where one spills, uses local memory or more registers than a block gets, or where an expert product does not run on wgmma.
     """
     python = interpreter(session, "dev")
-    require(session, "cc")
+    system_tool(session, "cc")
     arguments = session.posargs if "--out" in session.posargs else ["--out", OUT / "kernels", *session.posargs]
     check = ["--check", "--wgmma", "sonicmoe.*_projection-*"]
     run(session, python, "-m", "cute_runtime", "build", "--jobs", str(os.cpu_count() or 1), *check, *arguments)
 
 
-def bazel_kernels(session: nox.Session, python: str, bazel: str, destination: Path, target: str = "prebuilt_kernels") -> int:
+def bazel_kernels(session: nox.Session, python: str, destination: Path, target: str = "prebuilt_kernels") -> int:
     """Builds a folder of kernels with Bazel and copies them to a folder, which holds nothing else afterwards; returns how many they are."""
+    bazel = find_tool(session, "bazelisk", "bazel")
     environment = bazel_environment(python)
     run(session, bazel, "build", f"//:{target}", "--keep_going", env=environment)
     info = [bazel, "info", "bazel-bin"]
@@ -340,24 +341,24 @@ def kernels(session: nox.Session) -> None:
     if session.posargs not in ([], ["--matrix"]):
         session.error(f"kernels takes --matrix or nothing, not {' '.join(session.posargs)}")
     python = interpreter(session, "dev")
-    require(session, "cc")
-    target = "matrix_kernels" if session.posargs else "prebuilt_kernels"
-    bazel_kernels(session, python, require(session, "bazelisk", "bazel"), OUT / "kernels", target)
+    system_tool(session, "cc")
+    system_tool(session, "bazelisk", "bazel")
+    bazel_kernels(session, python, OUT / "kernels", "matrix_kernels" if session.posargs else "prebuilt_kernels")
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Builds the kernels with Bazel and the wheel that carries them, into dist/."""
     python = interpreter(session, "dev")
-    require(session, "cc")
-    bazel = require(session, "bazelisk", "bazel")
+    system_tool(session, "cc")
+    system_tool(session, "bazelisk", "bazel")
     stage = OUT / "wheel"
     shutil.rmtree(stage, ignore_errors=True)
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, tracked):
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, stage / name)
-    bazel_kernels(session, python, bazel, stage / "cute_runtime" / "prebuilt")
+    bazel_kernels(session, python, stage / "cute_runtime" / "prebuilt")
     run(
         session,
         *(python, "-m", "build", "--wheel", "--no-isolation", "--outdir", ROOT / "dist", stage),

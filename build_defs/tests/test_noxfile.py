@@ -74,12 +74,12 @@ def test_without_an_environment_nothing_is_installed(noxfile, monkeypatch, tmp_p
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert noxfile.require(Session(sandboxed=False), "cc") == str(tmp_path / "cc")
+    assert noxfile.system_tool(Session(sandboxed=False), "cc") == str(tmp_path / "cc")
     message = "no bazelisk or bazel on PATH, and --no-venv installs nothing: install bazel-bootstrap, then run this again"
     with pytest.raises(SystemExit, match=f"^{message}$"):
-        noxfile.require(Session(sandboxed=False), "bazelisk", "bazel")
+        noxfile.system_tool(Session(sandboxed=False), "bazelisk", "bazel")
     with pytest.raises(SystemExit, match=r"^apt-get could not install bazel-bootstrap; install bazelisk or bazel by hand"):
-        noxfile.require(Session(), "bazelisk", "bazel")
+        noxfile.system_tool(Session(), "bazelisk", "bazel")
 
 
 @pytest.mark.parametrize(("fails", "expected"), [(False, (2, 0, 1)), (True, (2, 1, 1))])
@@ -107,7 +107,7 @@ def test_bazels_gpu_tests_are_skipped_and_not_passed_without_one(noxfile, monkey
     events.write_text("".join(f'{{"testSummary": {{"overallStatus": "{outcome}"}}}}\n' for outcome in outcomes) + '{"started": {}}\n')
     bazel.write_text(BAZEL.format(log=log, events=events, status=status))
     bazel.chmod(0o755)
-    monkeypatch.setattr(noxfile, "system_tool", lambda session, *names: str(bazel))
+    monkeypatch.setattr(noxfile, "find_tool", lambda session, *names: str(bazel))
     monkeypatch.setattr(noxfile, "bazel_environment", lambda python: {})
     monkeypatch.setattr(noxfile, "listed_gpus", lambda: gpus)
     assert noxfile.bazel_stage(Session(), "python") == expected

@@ -15,9 +15,10 @@ from sonicmoe.benchmark import Judged, Problem, Rows
 
 
 def progress() -> Progress:
-    """A bar on stderr that goes away when it is done, so that stdout holds results only."""
+    """A bar on stderr that goes away when it is done, so that stdout holds results only; nothing where stderr is no terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def accuracy_table(judged: Judged, threshold: Threshold) -> Table:
