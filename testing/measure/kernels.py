@@ -1,28 +1,38 @@
-"""Each kernel of the layer alone, by shape and tile: beside the same product as torch.bmm, and beside its own floor.
+"""Suite ``kernels``: each kernel of the layer alone, beside the same product as torch.bmm and beside its own floor, with the tile of the
+table; suite ``tiles`` with every tile in turn, from which the table follows.
 
 A kernel's floor is max(FLOPs / matrix peak, bytes / copy bandwidth), both measured in the same run: the peak by a bfloat16 product of
 8192 x 8192 x 8192, the bandwidth by a device copy of 1 GiB. Random top-K routing, normal data; all tiles of a kernel are timed in
-turns with the product of equal experts. Each result is checked first, on experts drawn at random, against float32.
-T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K rows, Z = 2I (swiglu).
+turns with the product of equal experts. Each result is judged first, on experts drawn at random, against float32.
+
+``python -m testing.measure.kernels DIR`` builds what the suite ``tiles`` needs, for a GPU machine without a compiler.
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K rows.
 """
 
+import argparse
 import contextlib
+import functools
+import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
 import dispatch
 from cute_runtime import Variant
+from cute_runtime.build import build_all
 from routing import top_k
 from sonicmoe import timing
 from sonicmoe.activations import activate, activation_gradient
-from sonicmoe.backends import hopper, hopper_backward
+from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SLIM, SQUARE, TALL, WIDE, Tile
 from sonicmoe.thiek import Thiek
+from testing.measure.clock import effort
+from testing.measure.items import Bound, Item, Options, broken, cell, size_text
 
 SHAPES = tuple(
     Thiek(*sizes)
@@ -43,12 +53,25 @@ LARGEST_ERROR = 4e-3
 """Relative Frobenius error of one expert's result in bfloat16."""
 
 
+HOPPER = types.SimpleNamespace(
+    up_projection=hopper.up_projection,
+    down_projection=hopper.down_projection,
+    activation_backward=hopper_backward.activation_backward,
+    down_weight_grad=hopper_backward.down_weight_grad,
+    up_weight_grad=hopper_backward.up_weight_grad,
+    dx_rows=hopper_backward.dx_rows,
+)
+"""The kernels, those included that the layer's backward does not use yet."""
+
+
 class Data:
     """One shape's tensors, all of which a training step holds too."""
 
-    def __init__(self, thiek: Thiek, device: str, seed: int) -> None:
+    def __init__(self, thiek: Thiek, options: Options) -> None:
         T, H, I, E, K = self.thiek = thiek
-        generator = torch.Generator(device).manual_seed(seed)
+        device = options.device
+        self.operations = HOPPER if options.backend == "hopper" else reference
+        generator = torch.Generator(device).manual_seed(options.seed)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=generator, device=device) * scale).bfloat16()
@@ -79,7 +102,7 @@ class Kernel:
     products: Callable[[Thiek], tuple[int, int]]
     """(columns, reduction) of a row's product: FLOPs = 2 R columns reduction."""
     bytes: Callable[[Thiek], int]
-    tile_module: ModuleType | None = None
+    tile_module: types.ModuleType | None = None
     tile_rule: str = ""
     """Where the host half finds the tile, so that another can be put in its place."""
     tiles: tuple[Tile, ...] = ()
@@ -104,6 +127,12 @@ def _backward_expected(data: Data, expert: int) -> dict:
     return {"dz": activation_gradient(z, score * da, "swiglu", "interleaved"), "scaled_a": score * activate(z, "swiglu", "interleaved")}
 
 
+def _sums_expected(data: Data, expert: int) -> dict:
+    slots = data.rows(expert)[1].unsqueeze(1) * data.thiek.K + torch.arange(data.thiek.K, device=data.score.device)
+    rows = data.y[data.plan.slot_to_row[slots].long()].float()
+    return {"o": (data.score[slots].unsqueeze(2) * rows).sum(1)}
+
+
 def _rows_of(*names: str) -> Callable[[Data, Any, int], dict]:
     """Picks an expert's rows of a result, or of several by name."""
 
@@ -116,7 +145,7 @@ def _rows_of(*names: str) -> Callable[[Data, Any, int], dict]:
 
 
 def _up(store_z: bool) -> Callable[[Data], Any]:
-    return lambda data: hopper.up_projection(data.x, data.w_up, None, data.plan, **LAYOUT, store_z=store_z)
+    return lambda data: data.operations.up_projection(data.x, data.w_up, None, data.plan, **LAYOUT, store_z=store_z)
 
 
 def _up_variant(store_z: bool) -> Callable[[Tile], list[Variant]]:
@@ -150,7 +179,7 @@ KERNELS = (
     ),
     Kernel(
         "down",
-        lambda data: hopper.down_projection(data.a, data.w_down, None, data.plan),
+        lambda data: data.operations.down_projection(data.a, data.w_down, None, data.plan),
         lambda data, expert: {"y": data.a[data.rows(expert)[0]].float() @ data.w_down[expert].float().mT},
         _rows_of("y"),
         lambda t: (t.H, t.I),
@@ -162,7 +191,7 @@ KERNELS = (
     ),
     Kernel(
         "activation backward",
-        lambda data: hopper_backward.activation_backward(
+        lambda data: data.operations.activation_backward(
             data.dout, data.z, data.w_down, None, data.score, data.plan, **LAYOUT, need_dz=True, need_dscore=True, need_scaled_a=True
         ),
         _backward_expected,
@@ -179,7 +208,7 @@ KERNELS = (
     ),
     Kernel(
         "dW_down",
-        lambda data: hopper_backward.down_weight_grad(data.dout, data.a, data.score, data.plan, need_weight=True, need_bias=False)[0],
+        lambda data: data.operations.down_weight_grad(data.dout, data.a, data.score, data.plan, need_weight=True, need_bias=False)[0],
         lambda data, expert: {"dw": data.dout[data.rows(expert)[1]].float().mT @ data.a[data.rows(expert)[0]].float()},
         lambda data, result, expert: {"dw": result[expert]},
         lambda t: (t.H, t.I),
@@ -191,7 +220,7 @@ KERNELS = (
     ),
     Kernel(
         "dx rows",
-        lambda data: hopper_backward.dx_rows(data.dz, data.w_up, data.plan),
+        lambda data: data.operations.dx_rows(data.dz, data.w_up, data.plan),
         lambda data, expert: {"dx": data.dz[data.rows(expert)[0]].float() @ data.w_up[expert].float()},
         _rows_of("dx"),
         lambda t: (t.H, 2 * t.I),
@@ -203,7 +232,7 @@ KERNELS = (
     ),
     Kernel(
         "dW_up",
-        lambda data: hopper_backward.up_weight_grad(data.x, data.dz, data.plan, need_weight=True, need_bias=False)[0],
+        lambda data: data.operations.up_weight_grad(data.x, data.dz, data.plan, need_weight=True, need_bias=False)[0],
         lambda data, expert: {"dw": data.dz[data.rows(expert)[0]].float().mT @ data.x[data.rows(expert)[1]].float()},
         lambda data, result, expert: {"dw": result[expert]},
         lambda t: (2 * t.I, t.H),
@@ -216,8 +245,8 @@ KERNELS = (
     Kernel(
         "gather-sum",
         lambda data: dispatch.gather_sum(data.y, data.score, data.plan),
-        lambda data, expert: {},
-        lambda data, result, expert: {},
+        _sums_expected,
+        lambda data, result, expert: {"o": result[data.rows(expert)[1]]},
         lambda t: (t.H, 1),
         lambda t: 2 * (t.rows + t.T) * t.H,
     ),
@@ -238,12 +267,6 @@ def using(kernel: Kernel, tile: Tile | None) -> Iterator[None]:
         setattr(kernel.tile_module, kernel.tile_rule, rule)
 
 
-def needed_variants(*, all_tiles: bool) -> list[Variant]:
-    """What must be built for a run on a machine without a compiler, beyond the prebuilt variants."""
-    found = {variant: None for kernel in KERNELS for tile in kernel.tiles for variant in kernel.variant(tile)} if all_tiles else {}
-    return list(found)
-
-
 def error_of(kernel: Kernel, data: Data, seed: int) -> float:
     """Largest relative Frobenius error of the kernel's result over a few experts that have rows."""
     with_rows = data.plan.offsets.diff().nonzero().flatten().tolist()
@@ -258,7 +281,7 @@ def error_of(kernel: Kernel, data: Data, seed: int) -> float:
     return worst
 
 
-def bound(kernel: Kernel, thiek: Thiek, device: str) -> timing.Variant:
+def bound(kernel: Kernel, thiek: Thiek, device: torch.device) -> timing.Variant:
     """The kernel's product as torch.bmm of equal experts; of gather-sum, which has none, a copy of as many bytes."""
     columns, reduced = kernel.products(thiek)
     if reduced == 1:
@@ -274,89 +297,99 @@ def bound(kernel: Kernel, thiek: Thiek, device: str) -> timing.Variant:
     return timing.Variant(lambda _: torch.bmm(left, right.mT))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the GPU reaches in this run."""
-
-    flops_per_ms: float
-    bytes_per_ms: float
-
-    @classmethod
-    def measure(cls, device: str) -> "Machine":
-        size, count = 8192, 2**30
-        left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-        source, target = (torch.empty(count, dtype=torch.uint8, device=device).random_() for _ in range(2))
-        times = timing.measure(
-            {"product": timing.Variant(lambda _: left @ right), "copy": timing.Variant(lambda _: target.copy_(source))}, device=device
-        )
-        return cls(2 * size**3 / times["product"].ms, 2 * count / times["copy"].ms)
-
-    def floor_ms(self, flops: float, moved: float) -> float:
-        return max(flops / self.flops_per_ms, moved / self.bytes_per_ms)
+@functools.cache
+def _machine(options: Options) -> tuple[float, float]:
+    """(FLOPs, bytes) that the device reaches a millisecond in this run."""
+    size, count = (64, 2**16) if options.quick else (8192, 2**30)
+    left, right = (torch.randn(size, size, device=options.device).bfloat16() for _ in range(2))
+    source, target = (torch.empty(count, dtype=torch.uint8, device=options.device).random_() for _ in range(2))
+    ways = {"product": timing.Variant(lambda _: left @ right), "copy": timing.Variant(lambda _: target.copy_(source))}
+    times = timing.measure(ways, device=options.device, **effort(options))
+    return 2 * size**3 / times["product"].ms, 2 * count / times["copy"].ms
 
 
-def measure_shape(
-    thiek: Thiek,
-    machine: Machine,
-    *,
-    kernels: tuple[Kernel, ...] = KERNELS,
-    all_tiles: bool,
-    device: str,
-    seed: int,
-    on_done: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """A recorded cell for every kernel and tile of one shape; a tile that cannot be run is a failed cell with its reason."""
-    data, cells = Data(thiek, device, seed), []
-    for kernel in kernels:
-        columns, reduced = kernel.products(thiek)
-        flops, moved = 2.0 * thiek.rows * columns * reduced, kernel.bytes(thiek)
-        names = {tile.name: tile for tile in kernel.tiles} if all_tiles and kernel.tiles else {"table": None}
-        runs, errors = {}, {}
-        for name, tile in names.items():
-            with using(kernel, tile):
-                try:
-                    errors[name] = error_of(kernel, data, seed)
-                except Exception as error:  # one variant that does not load must not lose the others' times
-                    errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    continue
-            runs[name] = timing.Variant(_runner(kernel, tile, data))
-        times = timing.measure({**runs, "bound": bound(kernel, thiek, device)}, device=device, warmup_s=0.1, measure_s=0.1, max_repeats=30)
-        for name in names:
-            cell = {
-                "name": f"kernels/{kernel.name}/{name}",
-                "thiek": list(thiek),
-                "routing": "softmax",
-                "dtype": "bf16",
-                "mode": kernel.name,
-            }
-            if isinstance(errors[name], str):
-                cells.append(cell | {"status": "failed", "passed": False, "why": errors[name]})
+def items(options: Options) -> list[Item]:
+    return _items(options, all_tiles=False)
+
+
+def items_of_all_tiles(options: Options) -> list[Item]:
+    return _items(options, all_tiles=True)
+
+
+def _items(options: Options, *, all_tiles: bool) -> list[Item]:
+    """One a kernel and shape."""
+    suite, shapes = ("tiles" if all_tiles else "kernels"), [options.thiek(*thiek) for thiek in SHAPES]
+    data = functools.lru_cache(maxsize=1)(Data)  # the kernels of one shape follow each other
+    found = []
+    for thiek in dict.fromkeys(shapes):
+        for kernel in KERNELS:
+            tiles = kernel.tiles if all_tiles else ()
+            if all_tiles and not (tiles and options.backend == "hopper"):
                 continue
-            passed = errors[name] <= LARGEST_ERROR
-            floor_ms, ms = machine.floor_ms(flops, moved), times[name].ms
-            cells.append(
-                cell
-                | {
-                    "ms": ms,
-                    "ms_spread": times[name].ms_spread,
-                    "tflops": timing.tflops(flops, ms),
-                    "bound_ms": times["bound"].ms,
-                    "ratio": times["bound"].ms / ms,
-                    "floor_ms": floor_ms,
-                    "floor_share": floor_ms / ms,
-                    "errors": {"result": {"worst_block": errors[name]}},
-                    "status": "passed" if passed else "failed",
-                    "passed": passed,
-                    "why": "" if passed else f"worst expert's error {errors[name]:.1e}: must be at most {LARGEST_ERROR:.1e}",
-                }
+            name = f"{suite}/{kernel.name.replace(' ', '-')}/{size_text(thiek)}"
+            found.append(Item(name, functools.partial(_measure, kernel, thiek, data, tiles, options, name)))
+    return found
+
+
+def _measure(
+    kernel: Kernel, thiek: Thiek, data: Callable[..., Data], tiles: tuple[Tile, ...], options: Options, name: str
+) -> list[dict[str, Any]]:
+    """A cell for each tile; one that cannot be run is a failed cell with its reason, and the others still run."""
+    own, (columns, reduced) = data(thiek, options), kernel.products(thiek)
+    flops, moved = 2.0 * thiek.rows * columns * reduced, kernel.bytes(thiek)
+    flops_per_ms, bytes_per_ms = _machine(options)
+    floor_ms = max(flops / flops_per_ms, moved / bytes_per_ms)
+    names = {f"{name}/{tile.name}": tile for tile in tiles} or {name: None}
+    cells, runs, errors = [], {}, {}
+    for way, tile in names.items():
+        try:
+            with using(kernel, tile):
+                errors[way] = error_of(kernel, own, options.seed)
+        except Exception as error:
+            cells.append(broken(way, f"{type(error).__name__}: {error}".splitlines()[0]))
+            continue
+        runs[way] = timing.Variant(functools.partial(_run, kernel, tile, own))
+    times = timing.measure({**runs, "bound": bound(kernel, thiek, options.device)}, device=options.device, **effort(options))
+    for way in runs:
+        ms = times[way].ms
+        cells.append(
+            cell(
+                options,
+                way,
+                mode=kernel.name,
+                bound=Bound(errors[way], "relative error of the worst expert", LARGEST_ERROR, "at most", everywhere=True),
+                thiek=thiek,
+                routing="softmax",
+                ms=ms,
+                ms_spread=times[way].ms_spread,
+                tflops=timing.tflops(flops, ms),
+                bound_ms=times["bound"].ms,
+                bound_share=times["bound"].ms / ms,
+                floor_ms=floor_ms,
+                floor_share=floor_ms / ms,
             )
-        on_done()
+        )
     return cells
 
 
-def _runner(kernel: Kernel, tile: Tile | None, data: Data) -> Callable[[object], Any]:
-    def run(_: object) -> Any:
-        with using(kernel, tile):
-            return kernel.run(data)
+def _run(kernel: Kernel, tile: Tile | None, data: Data, _: object) -> None:
+    with using(kernel, tile):
+        kernel.run(data)
 
-    return run
+
+def main() -> int:
+    """Builds the variants of the suite ``tiles``."""
+    parser = argparse.ArgumentParser(prog="python -m testing.measure.kernels", description=main.__doc__)
+    parser.add_argument("out", metavar="DIR", help="where the kernels go; name it in SONICMOE_KERNELS on the GPU machine")
+    wanted = dict.fromkeys(variant for kernel in KERNELS for tile in kernel.tiles for variant in kernel.variant(tile))
+    failures = build_all(
+        wanted,
+        parser.parse_args().out,
+        jobs=os.cpu_count() or 1,
+        on_done=lambda variant, failure: print(f"{'FAILED' if failure else 'built'} {variant.name}", flush=True),
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

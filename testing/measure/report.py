@@ -12,7 +12,18 @@ from testing.matrix.results import FAILED, NOT_RUN, PASSED
 from testing.measure.items import MEASURED
 
 _STYLES = {PASSED: "green", FAILED: "bold red", MEASURED: "dim", NOT_RUN: "yellow"}
-_NUMBERS = ("inference_ms", "forward_ms", "eager_ms", "host_ms", "bincount_ms", "reference_ms", "top_k_ms", "second_ms")
+_NUMBERS = (
+    "bound_ms",
+    "floor_ms",
+    "inference_ms",
+    "forward_ms",
+    "eager_ms",
+    "host_ms",
+    "bincount_ms",
+    "reference_ms",
+    "top_k_ms",
+    "second_ms",
+)
 """Shown beside a cell's time where it has them."""
 
 
