@@ -130,6 +130,7 @@ static struct mbarrier **mbarrier_place(struct warp *warp, u32 address, struct b
 struct mbarrier *find_mbarrier(struct warp *warp, u32 address, bool for_async) {
     struct block *block;
     struct mbarrier *barrier = *mbarrier_place(warp, address, &block);
+    address &= (1u << RANK_SHIFT) - 1;
     if (!barrier) fail("mbarrier at 0x%x: is not initialised", address);
     if (!engine.launch->check_races) return barrier;
     if (warp->clocks[barrier->init_component] < barrier->init_clock)

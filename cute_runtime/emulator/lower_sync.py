@@ -1,16 +1,16 @@
-"""The other half of lower.py: exchanges between lanes, barriers, asynchronous copies and matrix products."""
+"""Exchanges between lanes, barriers, asynchronous copies and matrix products, from PTX to the core's instructions."""
 
 import re
 
-from cute_runtime.emulator.lower import SCOPES, _handles, _Lowering
+from cute_runtime.emulator.lowering import SCOPES, Lowering, handles
 from cute_runtime.emulator.program import Read, Write
 from cute_runtime.emulator.ptx import TYPE_BYTES, PTXError
 
 # ---- lanes ----
 
 
-@_handles("shfl")
-def _shuffle(s: _Lowering) -> None:
+@handles("shfl")
+def _shuffle(s: Lowering) -> None:
     s.count(5)
     s.need("sync")
     s.need("b32")
@@ -20,8 +20,8 @@ def _shuffle(s: _Lowering) -> None:
     s.emit("shfl", [*args, *(s.source(operand, 4) for operand in s.operands[1:])], a=mode)
 
 
-@_handles("vote")
-def _vote(s: _Lowering) -> None:
+@handles("vote")
+def _vote(s: Lowering) -> None:
     s.count(3)
     s.need("sync")
     mode = s.need("all", "any", "uni", "ballot")
@@ -32,8 +32,8 @@ def _vote(s: _Lowering) -> None:
     s.emit("vote", args, a=("all", "any", "uni", "ballot").index(mode), b=negated)
 
 
-@_handles("match")
-def _match(s: _Lowering) -> None:
+@handles("match")
+def _match(s: Lowering) -> None:
     s.count(3)
     s.need("sync")
     mode, width = s.need("any", "all"), TYPE_BYTES[s.ptx_type()]
@@ -44,26 +44,26 @@ def _match(s: _Lowering) -> None:
     s.emit(f"match_{mode}", [*args, s.source(s.operands[1], width), s.source(s.operands[2], 4)], a=width)
 
 
-@_handles("redux")
-def _reduce(s: _Lowering) -> None:
+@handles("redux")
+def _reduce(s: Lowering) -> None:
     s.count(3)
     s.need("sync")
     operation = s.need("add", "min", "max", "and", "or", "xor")
     ptx_type = s.need("s32", "u32", "b32").replace("b", "u")
     args = [s.target(s.operands[0], 4), s.source(s.operands[1], 4), s.source(s.operands[2], 4)]
-    s.emit("redux", args, a=("add", "min", "max", "and", "or", "xor").index(operation), b=s.types[ptx_type])
+    s.emit("redux", args, a=("add", "min", "max", "and", "or", "xor").index(operation), b=s.type_number(ptx_type))
 
 
-@_handles("elect")
-def _elect(s: _Lowering) -> None:
+@handles("elect")
+def _elect(s: Lowering) -> None:
     s.count(2)
     s.need("sync")
     leader, _, chosen = s.operands[0]
     s.emit("elect", [s.target(leader, 4), s.target(chosen, 0), s.source(s.operands[1], 4)])
 
 
-@_handles("activemask")
-def _active(s: _Lowering) -> None:
+@handles("activemask")
+def _active(s: Lowering) -> None:
     s.need("b32")
     s.emit("activemask", [s.target(s.operands[0], 4)])
 
@@ -71,8 +71,8 @@ def _active(s: _Lowering) -> None:
 # ---- barriers ----
 
 
-@_handles("bar", "barrier")
-def _barrier(s: _Lowering) -> None:
+@handles("bar", "barrier")
+def _barrier(s: Lowering) -> None:
     if s.take("warp"):
         s.need("sync")
         s.emit("bar_warp", [s.source(s.operands[0], 4)])
@@ -91,8 +91,8 @@ def _barrier(s: _Lowering) -> None:
     s.emit(f"bar_{action}", [s.source(s.operands[0], 4), threads])
 
 
-@_handles("mbarrier")
-def _mbarrier(s: _Lowering) -> None:
+@handles("mbarrier")
+def _mbarrier(s: Lowering) -> None:
     s.need("b64")
     s.take("shared", "shared::cta", "shared::cluster")
     action = s.need("init", "inval", "arrive", "expect_tx", "test_wait", "try_wait")
@@ -118,8 +118,8 @@ def _mbarrier(s: _Lowering) -> None:
         s.emit("mbarrier_wait", args, a=parity, b=action == "try_wait")
 
 
-@_handles("fence")
-def _fence(s: _Lowering) -> None:
+@handles("fence")
+def _fence(s: Lowering) -> None:
     if s.take("mbarrier_init"):
         s.need("release")
         s.need("cluster")
@@ -139,8 +139,8 @@ def _fence(s: _Lowering) -> None:
 # ---- asynchronous copies ----
 
 
-@_handles("cp")
-def _copy(s: _Lowering) -> None:
+@handles("cp")
+def _copy(s: Lowering) -> None:
     reduces = bool(s.take("reduce"))
     s.need("async")
     if s.take("bulk"):
@@ -175,7 +175,7 @@ def _copy(s: _Lowering) -> None:
         s.emit("cp_async", [*s.address(operands[0]), *s.address(operands[1]), wanted], a=size)
 
 
-def _bulk(s: _Lowering, reduces: bool) -> None:
+def _bulk(s: Lowering, reduces: bool) -> None:
     if s.take("commit_group"):
         s.emit("bulk_commit")
         return
@@ -232,8 +232,8 @@ def _bulk(s: _Lowering, reduces: bool) -> None:
 _SHAPE = re.compile(r"m64n(\d+)k16")
 
 
-@_handles("wgmma")
-def _wgmma(s: _Lowering) -> None:
+@handles("wgmma")
+def _wgmma(s: Lowering) -> None:
     action = s.need("mma_async", "fence", "commit_group", "wait_group")
     s.need("sync")
     s.need("aligned")

@@ -1,7 +1,7 @@
 """The program that the core runs: instructions in a flat array, and the layout of a warp's register file.
 
 Every operand of an instruction is the byte offset of a register of 32 lanes; special registers and constants have registers too, so
-that the core need not tell them apart. :mod:`cute_runtime.emulator.lower` says what each PTX instruction becomes.
+that the core need not tell them apart. lower_compute.py and lower_sync.py say what each PTX instruction becomes.
 """
 
 import struct

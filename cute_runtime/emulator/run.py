@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cute_runtime.emulator import lower_sync  # noqa: F401  registers its instructions
 from cute_runtime.emulator.lower import lower
 from cute_runtime.emulator.objects import compiled, core_file
 from cute_runtime.emulator.program import Program

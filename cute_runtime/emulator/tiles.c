@@ -91,6 +91,21 @@ static struct mbarrier *barrier_of(const struct operation *operation, s32 rank) 
     return find_mbarrier(operation->warp, address | (u32)(rank + 1) << RANK_SHIFT, true);
 }
 
+/* What a store takes to global memory must have been written; what is clipped away need not. */
+static void check_written(const struct operation *operation, const struct block *block, u32 at) {
+    struct map map = {0};
+    if (operation->map) map = decode(operation->warp, operation->map);
+    u32 line = operation->map ? (u32)(map.box[0] * map.element) : operation->size;
+    for (u32 r = 0; r < operation->size / line; r++) {
+        struct run run = {0, 0, line, 0};
+        if (operation->map) run = run_of(&map, operation->coordinate, (s32)r);
+        for (u32 byte = run.begin & ~3u; byte < run.end; byte += 4) {
+            u32 address = swizzled((at + run.shared + byte) & ~15u, map.swizzle) | ((at + run.shared + byte) & 12);
+            if (!block->words[address >> 2].clock) fail("a bulk store reads shared memory at 0x%x that nobody has written", address);
+        }
+    }
+}
+
 /* At issue: checks the operands, and records the access to shared memory. */
 void issue_tile(struct operation *operation) {
     struct warp *warp = operation->warp;
@@ -114,7 +129,8 @@ void issue_tile(struct operation *operation) {
         u32 at = operation->shared;
         struct block *block = block_of(warp, &at);
         shared_bytes(block, at, bytes);
-        note_read(warp, block, at, bytes, STORE, operation->clock, false);
+        note_read(warp, block, at, bytes, STORE, operation->clock, true);
+        check_written(operation, block, at);
         return;
     }
     u32 targets = targets_of(operation);
