@@ -87,8 +87,7 @@ int cudaLaunchKernelExC(const struct configuration *config, const char *kernel, 
 }
 
 static int kernel_get_attribute(int *value, int attribute, void *kernel, int device) {
-    (void)kernel, (void)device;(void)attribute;
-    return *value = 0, SUCCESS;
+    return (void)attribute, (void)kernel, (void)device, *value = 0, SUCCESS;
 }
 
 static int device_get(int *device, int ordinal) { return *device = ordinal, SUCCESS; }

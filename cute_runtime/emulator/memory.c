@@ -43,7 +43,7 @@ static void note_global(const struct region *region, u64 address, u32 size, enum
         if (other && other != own && !both_atomic && !block->cluster->acquires && size >= 4)
             fail("race: %s {tensor %d} at byte %llu, which cluster %u has written in this launch", access == READ ? "reads" : "writes",
                  (s32)(region - engine.launch->regions), (unsigned long long)i * 4, other - 1);
-        if (access != READ) region->writer[i] = own | (access == ATOMIC ? ATOMIC_WRITE : 0);
+        if (access != READ && size >= 4) region->writer[i] = own | (access == ATOMIC ? ATOMIC_WRITE : 0);
     }
 }
 

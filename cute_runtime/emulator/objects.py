@@ -18,7 +18,8 @@ from cute_runtime.variant import Variant
 _HERE = Path(__file__).parent
 _CORE = ("core.c", "alu.c", "memory.c", "lanes.c", "barriers.c", "async.c", "tiles.c", "wgmma.c")
 _HEADERS = ("core.h", "opcodes.h")
-# More optimisation costs more in compiling than it saves in the tests. Without contraction: add and mul are rounded one by one, as on the device. With -frounding-math, directed rounding is respected.
+# More optimisation costs more in compiling than it saves in the tests. Without contraction, add and mul are rounded one by one, as on
+# the device; -frounding-math keeps directed rounding.
 _FLAGS = ("-O1", "-fPIC", "-shared", "-ffp-contract=off", "-frounding-math")
 
 

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,16 @@ from cute_runtime.objects import FUNCTION
 from cute_runtime.variant import Variant
 
 MESSAGE_BYTES = 1 << 16
+MOST_THREADS, MOST_SHARED_BYTES = 1024, 227 * 1024
+"""Of a block on sm_90."""
+
 STEPS = 2_000_000_000
 """A launch that takes more instructions than this is taken to run for ever."""
+
+
+# The core has one state, and a host stub one place for the callback.
+_running = threading.Lock()
+_capturing = threading.Lock()
 
 
 class EmulationError(RuntimeError):
@@ -236,15 +245,16 @@ def _capture(stub: Path, programs: dict[str, Program], arguments: list[Any]) -> 
         captured.append(Captured(name.decode(), *shapes, dynamic_bytes, bool(overlaps), bytes(params)))
 
     callback = _CALLBACK(on_launch)
-    cuda.emulator_on_launch(callback)
-    try:
-        function(*arguments)
-    except RuntimeError as error:
-        if name := cuda.emulator_unsupported_call():
-            raise EmulationError(f"the host stub calls {name.decode()}, which is not emulated") from error
-        raise
-    finally:
-        cuda.emulator_on_launch(_CALLBACK())
+    with _capturing:
+        cuda.emulator_on_launch(callback)
+        try:
+            function(*arguments)
+        except RuntimeError as error:
+            if name := cuda.emulator_unsupported_call():
+                raise EmulationError(f"the host stub calls {name.decode()}, which is not emulated") from error
+            raise
+        finally:
+            cuda.emulator_on_launch(_CALLBACK())
     if unknown:
         raise EmulationError(f"the host stub launches {unknown[0]}, which is not in the PTX")
     return captured
@@ -262,9 +272,7 @@ def _run(
     check_races: bool,
 ) -> Statistics:
     """Runs one launch. ``written`` receives marks of what it writes; ``before`` are those of the launch before."""
-    for axis in range(3):
-        if captured.grid[axis] % captured.cluster[axis]:
-            raise EmulationError(f"grid {captured.grid}: must be whole clusters of {captured.cluster}")
+    _check(captured, program.static_bytes)
     warps = -(-math.prod(captured.block) // 32)
     params = np.frombuffer(captured.params + bytes(16), np.uint8)
     marks = [(own.ctypes.data, other.ctypes.data) for own, other in zip(written, before, strict=True)]
@@ -290,9 +298,11 @@ def _run(
     counters = np.zeros(len(_COUNTERS) + 1, np.uint64)
     warp_instructions = np.zeros(warps, np.uint64)
     message = ctypes.create_string_buffer(MESSAGE_BYTES)
-    failed = _core().emulator_run(
-        ctypes.byref(request), counters.ctypes.data, warp_instructions.ctypes.data, message, ctypes.c_uint64(MESSAGE_BYTES)
-    )
+    core = _core()
+    with _running:
+        failed = core.emulator_run(
+            ctypes.byref(request), counters.ctypes.data, warp_instructions.ctypes.data, message, ctypes.c_uint64(MESSAGE_BYTES)
+        )
     if failed:
         raise EmulationError(_explained(message.value.decode(), program, text, regions))
     return Statistics(
@@ -304,6 +314,16 @@ def _run(
         warp_instructions=tuple(map(int, warp_instructions)),
         **dict(zip(_COUNTERS, map(int, counters), strict=False)),
     )
+
+
+def _check(captured: Captured, static_bytes: int) -> None:
+    """What a device refuses to launch."""
+    if any(size % cluster for size, cluster in zip(captured.grid, captured.cluster, strict=True)):
+        raise EmulationError(f"grid {captured.grid}: must be whole clusters of {captured.cluster}")
+    if not math.prod(captured.grid) or not 1 <= math.prod(captured.block) <= MOST_THREADS:
+        raise EmulationError(f"grid {captured.grid} of blocks {captured.block}: must be at least one of at most {MOST_THREADS} threads")
+    if static_bytes + captured.dynamic_bytes > MOST_SHARED_BYTES:
+        raise EmulationError(f"{static_bytes + captured.dynamic_bytes} bytes of shared memory: at most {MOST_SHARED_BYTES} a block")
 
 
 def _explained(message: str, program: Program, text: str, regions: list[Region]) -> str:

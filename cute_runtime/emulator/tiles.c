@@ -31,6 +31,7 @@ static struct map decode(struct warp *warp, u64 address) {
         fail("tensor map at 0x%llx: of a kind that is not emulated (word 0x%x, strides of elements 0x%x)", (unsigned long long)address, word, raw[52]);
     memcpy(&value, raw + 28, 4);
     if (value) fail("tensor map: strides from 2**36 bytes are not emulated");
+    if (map.base % 16) fail("tensor map: address 0x%llx: must be aligned to 16 bytes", (unsigned long long)map.base);
     map.stride[0] = (u64)map.element;
     for (s32 i = 0; i < map.rank; i++) {
         memcpy(&value, raw + 32 + 4 * i, 4);

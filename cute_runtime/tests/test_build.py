@@ -11,10 +11,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cute_runtime
-from cute_runtime import KernelCompileError, MissingToolError, Variant, read_resources
+from cute_runtime import KernelCompileError, MissingToolError, Variant, emulator, read_resources
 from cute_runtime import build as build_function
 from cute_runtime import sources as sources_module
 from cute_runtime.cli import main
@@ -123,6 +124,24 @@ SPILLING = Variant("toy.kernels.add", {"spill": True})
 
 def test_build_leaves_the_objects_and_nothing_else(out):
     assert sorted(path.name for path in out.iterdir()) == [f"{ADD.name}.so", f"{SPILLING.name}.so"]
+
+
+def test_emulator_leaves_the_object_as_it_is_and_runs_the_kernel(out, tmp_path, monkeypatch):
+    """Its own compilation keeps the PTX beside the object, not in it."""
+    monkeypatch.setenv("SONICMOE_CACHE", str(tmp_path))
+    files = emulator.compiled(SPILLING)
+    assert files.object.read_bytes() == (out / f"{SPILLING.name}.so").read_bytes()
+    assert ".visible .entry" in files.ptx.read_text()
+    x, y = np.arange(200, dtype=np.float32) % 64, np.zeros(200, np.float32)
+    expected = np.full_like(y, np.nan)
+    for i in range(200):
+        table = np.full(64, np.nan, np.float32)  # local memory, where the thread has not written
+        for j in range(64):
+            table[i * j % 64] = x[j]
+        expected[i] = table[int(x[i])]
+    (statistics,) = emulator.launch(SPILLING, x, y)
+    np.testing.assert_array_equal(y, expected)
+    assert (statistics.grid, statistics.block) == ((2, 1, 1), (128, 1, 1))
 
 
 def test_object_exports_the_function_that_load_calls(out):

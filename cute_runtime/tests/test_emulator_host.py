@@ -56,7 +56,16 @@ def test_cpu_is_the_device_only_within_emulation(monkeypatch):
     assert calls == [("toy.gemm", (tensor, 1), {"seed": 5, "resident": 2}), ("real", tensor, 2)]
 
 
-def test_grid_must_be_whole_clusters():
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"grid": (3,), "cluster": (2,)}, r"grid \(3, 1, 1\): must be whole clusters of \(2, 1, 1\)"),
+        ({"grid": (0,)}, r"grid \(0, 1, 1\) of blocks \(32, 1, 1\): must be at least one of at most 1024 threads"),
+        ({"block": (32, 33)}, r"of blocks \(32, 33, 1\)"),
+        ({"dynamic_bytes": 232449}, "232449 bytes of shared memory: at most 232448 a block"),
+    ],
+)
+def test_what_a_device_would_not_launch_is_refused(shape, message):
     text = ".version 8.8\n.target sm_90a\n.visible .entry k()\n{\nret;\n}\n"
-    with pytest.raises(emulator.EmulationError, match=r"grid \(3, 1, 1\): must be whole clusters of \(2, 1, 1\)"):
-        emulator.run_ptx(text, grid=(3,), cluster=(2,))
+    with pytest.raises(emulator.EmulationError, match=message):
+        emulator.run_ptx(text, **shape)
