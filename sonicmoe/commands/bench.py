@@ -13,7 +13,7 @@ torchrun, --expert-parallel N spreads the experts over N processes with T tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from sonicmoe.commands import problem
+    from sonicmoe.commands import parallel_options, problem
     from sonicmoe.peers import PEERS
 
     parser.description = DESCRIPTION
@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="a folder, or several separated as in PATH, that holds a peer and what it needs; may be given for several peers",
     )
-    parser.add_argument("--expert-parallel", type=int, metavar="N", help="processes that share the experts; started by torchrun")
-    parser.add_argument("--transport", default="all_to_all", choices=("all_to_all", "symmetric_memory"), help="default: all_to_all")
-    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="parts in which tokens travel to their experts (default: 1)")
-    parser.add_argument("--capacity", type=float, metavar="X", help="rows that fit, in even shares, with symmetric_memory (the worst case)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for a process that does not come (600)")
+    parallel_options.add_arguments(parser, transport=True)
     parser.add_argument("--out", metavar="FILE", help="also write the result there, with --expert-parallel")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
@@ -44,11 +40,14 @@ def run(args: argparse.Namespace) -> int:
 
     from sonicmoe import accuracy, benchmark, environment
     from sonicmoe.cases import DTYPES
+    from sonicmoe.commands import parallel_options, tables
     from sonicmoe.commands import problem as options
-    from sonicmoe.commands import tables
 
     if args.trials < 1:
         raise ValueError(f"trials={args.trials}: must be at least 1 to be timed")
+    parallel_options.check(args)
+    if args.expert_parallel is None and args.out is not None:
+        raise ValueError(f"--out {args.out}: needs --expert-parallel")
     if args.expert_parallel is not None:
         if args.peers is not None or args.peer_path:
             raise ValueError("--peers: runs on one GPU, must not be given with --expert-parallel")

@@ -20,6 +20,8 @@ from sonicmoe.parallel import PeerError, judging, launch, measure
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an error is above its threshold or a process is gone."""
+    if args.trials != 1:
+        raise ValueError(f"--trials {args.trials}: is for one process, --expert-parallel times one layer's rounds")
     processes = launch.start(args.expert_parallel, args.device, timeout_s=args.timeout, command="bench")
     try:
         return _run(args, processes)
@@ -35,8 +37,6 @@ def _run(args: argparse.Namespace, processes: launch.Processes) -> int:
     options: dict[str, Any] = {"transport": args.transport, "chunks": args.chunks}
     if args.transport == "symmetric_memory":
         options |= {"max_tokens": sizes.T, "capacity": args.capacity}
-    elif args.capacity is not None:
-        raise ValueError(f"--capacity {args.capacity}: is for --transport symmetric_memory")
     described = environment.describe(str(processes.device))
     cells, judged = [], None
     if not args.skip_test:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sonicmoe.commands import parallel_options
 from sonicmoe.training.config import TrainConfig
 
 DESCRIPTION = """Train a small decoder-only language model whose feed-forward layers are sonicmoe.MoE, on the Python language
@@ -31,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--expert-parallel", type=int, metavar="N", help="processes that share the experts; started by torchrun")
-    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="parts in which tokens travel to their experts (default: 1)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for a process that does not come (600)")
+    parallel_options.add_arguments(parser, transport=False)
     parser.add_argument("--backend", default="auto", choices=("auto", "hopper", "reference"), help="of the experts (default: auto)")
     for field in dataclasses.fields(TrainConfig):
         choices = field.metadata["choices"]
@@ -102,6 +101,7 @@ def _kept(experiment) -> str:
 
 def _join(args: argparse.Namespace):
     """The processes of ``--expert-parallel``, or None without it."""
+    parallel_options.check(args)
     if args.expert_parallel is None:
         return None
     from sonicmoe.parallel import launch

@@ -183,11 +183,6 @@ def test_example_trains_and_its_checkpoint_loads_on_one_process(ranks: LocalGrou
     assert loaded == "one process loads experts.w_up, experts.w_down, experts.router.weight"
 
 
-def test_bench_refuses_capacity_without_symmetric_memory(ranks: LocalGroup):
-    arguments = ["--expert-parallel", "2", "--thiek", "64,32,16,8,2", "--device", "cpu", "--capacity", "2"]
-    assert [code for code, _ in ranks.run(checks.bench, arguments)] == [2, 2, 2, 2]
-
-
 def test_replay_repeats_a_pass_without_travel(ranks: LocalGroup):
     assert all(ranks.run(checks.replay_repeats_a_pass))
 

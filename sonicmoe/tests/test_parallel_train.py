@@ -32,12 +32,14 @@ CONFIG = TrainConfig(
 )
 OPTIONS = [item for name in vars(CONFIG) for item in (f"--{name.replace('_', '-')}", str(getattr(CONFIG, name)))]
 TIMEOUT_S = 180
+BENCH = ["bench", "--thiek", "8,16,8,4,2"]
 
 
 def torchrun(out: Path, log: Path) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     train = ["-m", "sonicmoe", "train", "--expert-parallel", "2", "--timeout", "30", "--device", "cpu", "--out", str(out), *OPTIONS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
     return subprocess.Popen([*launcher, *train], stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
 
 
@@ -110,6 +112,21 @@ def test_one_process_continues_the_checkpoint_of_two(interrupted: tuple[Path, st
     moments = alone.learners["nearest"].optimizer.state_dict()["state"]
     for index, moment in checkpoint["learners"]["nearest"]["optimizer"]["state"].items():
         torch.testing.assert_close(moments[index]["exp_avg"], moment["exp_avg"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--chunks", "2"], "sonicmoe train: --chunks 2: needs --expert-parallel"),
+        ([*BENCH, "--transport", "symmetric_memory"], "--transport symmetric_memory: needs --expert-parallel"),
+        ([*BENCH, "--out", "x.json"], "--out x.json: needs --expert-parallel"),
+        ([*BENCH, "--expert-parallel", "2", "--capacity", "2"], "--capacity 2.0: is for --transport symmetric_memory"),
+        ([*BENCH, "--expert-parallel", "2", "--trials", "3"], "--trials 3: is for one process"),
+    ],
+)
+def test_option_that_would_do_nothing_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_needs_torchrun(capsys: pytest.CaptureFixture[str]):
