@@ -309,7 +309,8 @@ def compile_all(session: nox.Session) -> None:
     python = interpreter(session, "dev")
     system_tool(session, "cc")
     arguments = session.posargs if "--out" in session.posargs else ["--out", OUT / "kernels", *session.posargs]
-    check = ["--check", "--wgmma", "sonicmoe.*_projection-*"]
+    products = ("*_projection", "activation_backward", "dx_rows", "weight_grad")
+    check = ["--check", *(word for kernel in products for word in ("--wgmma", f"sonicmoe.{kernel}-*"))]
     run(session, python, "-m", "cute_runtime", "build", "--jobs", str(os.cpu_count() or 1), *check, *arguments)
 
 

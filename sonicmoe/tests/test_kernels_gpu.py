@@ -113,6 +113,24 @@ def test_down_projection_matches_float64(case, bias, dtype):
     assert torch.equal(y[:rows], again[:rows])
 
 
+@pytest.mark.parametrize("case", COUNTS)
+@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+@pytest.mark.usefixtures("poisoned")
+def test_weights_may_be_stored_with_their_last_dimensions_exchanged(case, layout):
+    H, I, T, counts = COUNTS[case]
+    plan, rows = make_plan(T, counts), sum(counts)
+    x, b = randn(T, H, dtype=torch.bfloat16), randn(len(counts), 2 * I, dtype=torch.bfloat16)
+    w_up = randn(len(counts), H, 2 * I, dtype=torch.bfloat16, scale=H**-0.5).mT
+    w_down = randn(len(counts), I, H, dtype=torch.bfloat16, scale=I**-0.5).mT
+    options = {"activation": "swiglu_oai", "gate_up_layout": layout, "store_z": True}
+    got, want = (hopper.up_projection(x, w, b, plan, **options) for w in (w_up, w_up.contiguous()))
+    y, expected = (hopper.down_projection(want[0], w, None, plan) for w in (w_down, w_down.contiguous()))
+    assert not want[0][:rows].isnan().any()
+    for one, other in zip((*got, y), (*want, expected), strict=True):
+        assert is_rounded(one[:rows], other[:rows].double())
+        assert one[rows:].isnan().all()
+
+
 @pytest.mark.parametrize("rows_per_expert", [16, 256, 1200])
 def test_layer_matches_the_oracle_in_every_tile(rows_per_expert):
     T, H, I, E, K = rows_per_expert * 4, 264, 520, 8, 2
