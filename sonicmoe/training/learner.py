@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -118,16 +118,10 @@ class Learner:
 
     def state_dict(self) -> dict:
         """Whole tensors, whatever of them is here."""
-        optimizer = self.optimizer.state_dict()
-        moments = {
-            index: {name: self.shares.whole(value) if part and value.ndim else value for name, value in optimizer["state"][index].items()}
-            for index, part in enumerate(self._partial_in_optimizer())
-            if index in optimizer["state"]
-        }
         weights = [(weight.detach(), part) for weight, part in self._with_partial(self.weights)]
         return {
             "weights": [self.shares.whole(weight) if part else weight for weight, part in weights],
-            "optimizer": {**optimizer, "state": moments},
+            "optimizer": self._with_moments(self.optimizer.state_dict(), self.shares.whole),
             "history": vars(self.history),
         }
 
@@ -136,22 +130,21 @@ class Learner:
         for (weight, part), saved in zip(self._with_partial(self.weights), state["weights"], strict=True):
             weight.copy_(self.shares.part(saved) if part else saved)
         self._publish_weights()
-        saved = state["optimizer"]["state"]
-        moments = {
-            index: {name: self.shares.part(value) if part and value.ndim else value for name, value in saved[index].items()}
-            for index, part in enumerate(self._partial_in_optimizer())
-            if index in saved
-        }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        self.optimizer.load_state_dict(self._with_moments(state["optimizer"], self.shares.part))
         self.history = History(**state["history"])
 
     def _with_partial(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
         return list(zip(tensors, self.partial, strict=True))
 
-    def _partial_in_optimizer(self) -> list[bool]:
-        """``partial`` in the optimizer's order of its weights."""
+    def _with_moments(self, state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
+        """An optimizer's state_dict with the moments of partial weights changed; it numbers weights by its groups."""
         of_weight = {id(weight): part for weight, part in self._with_partial(self.weights)}
-        return [of_weight[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+        partial = [of_weight[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+        moments = {
+            index: {name: change(value) if partial[index] and value.ndim else value for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        return {**state, "state": moments}
 
     def _forward(self, step: int, inputs: torch.Tensor) -> Output:
         """With random numbers (stochastic rounding draws some) that are a function of seed and step."""
