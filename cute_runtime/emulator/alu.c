@@ -218,7 +218,8 @@ static void repack(struct warp *warp, const struct instruction *in, u32 lanes) {
     s32 targets = in->count - in->count * in->a / (in->a + in->b); /* in->a, in->b: bytes of a target and of a source register */
     FOR_LANES(l, lanes) {
         u8 bytes[16];
-        for (s32 i = 0; i < in->count - targets; i++) memcpy(bytes + i * in->b, warp->registers + args[targets + i] + l * in->b, (size_t)in->b);
+        for (s32 i = 0; i < in->count - targets; i++)
+            memcpy(bytes + i * in->b, warp->registers + args[targets + i] + l * in->b, (size_t)in->b);
         for (s32 i = 0; i < targets; i++)
             if (args[i] >= 0) memcpy(warp->registers + args[i] + l * in->a, bytes + i * in->a, (size_t)in->a);
     }
@@ -298,7 +299,8 @@ static const int rounding_modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, F
     }
 #define MASKS(op, value) \
     case OP_##op##_pred: { \
-        u32 a = *REGISTER(u32, warp, args[1]) ^ (in->a & 1 ? ALL_LANES : 0), b = *REGISTER(u32, warp, args[2]) ^ (in->a & 2 ? ALL_LANES : 0); \
+        u32 a = *REGISTER(u32, warp, args[1]) ^ (in->a & 1 ? ALL_LANES : 0); \
+        u32 b = *REGISTER(u32, warp, args[2]) ^ (in->a & 2 ? ALL_LANES : 0); \
         u32 *d = REGISTER(u32, warp, args[0]); \
         *d = (*d & ~lanes) | ((value) & lanes); \
         break; \
@@ -346,15 +348,16 @@ void compute(struct warp *warp, const struct instruction *in, u32 lanes) {
         s32 width = in->op == OP_bfi_b32 ? 4 : 8;
         FOR_LANES(l, lanes) {
             u32 position = REGISTER(u32, warp, args[3])[l], length = REGISTER(u32, warp, args[4])[l];
-            set(warp, args[0], width, l, insert(get(warp, args[1], width, l), get(warp, args[2], width, l), position, length, 8 * (u32)width));
+            u64 piece = get(warp, args[1], width, l), into = get(warp, args[2], width, l);
+            set(warp, args[0], width, l, insert(piece, into, position, length, 8 * (u32)width));
         }
         break;
     }
     case OP_cvt: /* d, its width, a, its width */
         FOR_LANES(l, lanes) {
             u64 value = convert(get(warp, args[2], args[3], l), in->a, in->b, in->flags);
-            int bytes = type_bytes[in->a];
-            if (bytes < 8) value = is_signed(in->a) ? (u64)((s64)(value << (64 - 8 * bytes)) >> (64 - 8 * bytes)) : value & ((1ull << (8 * bytes)) - 1);
+            int spare = 64 - 8 * type_bytes[in->a];
+            value = is_signed(in->a) ? (u64)((s64)(value << spare) >> spare) : value << spare >> spare;
             set(warp, args[0], args[1], l, value);
         }
         break;

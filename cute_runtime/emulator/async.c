@@ -26,8 +26,8 @@ static struct operation *issue(struct warp *warp, const struct instruction *in, 
 
 static void forget(s32 number) {
     release(engine.operations[number]);
-    engine.operation_count--;
-    memmove(engine.operations + number, engine.operations + number + 1, (size_t)(engine.operation_count - number) * sizeof *engine.operations);
+    s32 behind = --engine.operation_count - number;
+    memmove(engine.operations + number, engine.operations + number + 1, (size_t)behind * sizeof *engine.operations);
 }
 
 static void copy_lanes(struct operation *operation, u32 lanes) {
@@ -79,7 +79,8 @@ void complete_one(s32 number) {
 }
 
 static bool in_groups(const struct operation *operation, enum group_kind kind) {
-    return kind == COPY_GROUPS ? operation->kind == COPY_LANES : kind == STORE_GROUPS ? operation->kind == TILE_STORE : operation->kind == MATRIX_PRODUCT;
+    static const u8 kinds[GROUP_KINDS] = {COPY_LANES, TILE_STORE, MATRIX_PRODUCT};
+    return operation->kind == kinds[kind];
 }
 
 static void commit(struct warp *warp, u32 lanes, enum group_kind kind, enum agent agent) {
@@ -102,7 +103,8 @@ static void wait_groups(struct warp *warp, u32 lanes, enum group_kind kind, enum
         u32 newest = warp->groups[kind][l] - pending, clock = warp->group_clock[kind][l][newest % GROUPS_KEPT];
         for (s32 i = 0; i < engine.operation_count; i++) {
             struct operation *operation = engine.operations[i];
-            if (operation->warp != warp || !in_groups(operation, kind) || !(operation->lanes >> l & 1) || operation->group > newest) continue;
+            if (operation->warp != warp || !in_groups(operation, kind)) continue;
+            if (!(operation->lanes >> l & 1) || operation->group > newest) continue;
             engine.at = operation->instruction;
             if (kind == PRODUCT_GROUPS) {
                 complete(i);
@@ -133,7 +135,8 @@ static void copy_async(struct warp *warp, const struct instruction *in, u32 lane
         u32 wanted = args[6] >= 0 ? REGISTER(u32, warp, args[6])[l] : (u32)in->a;
         if (wanted > (u32)in->a) fail("cp.async: source of %u bytes: at most %d", wanted, in->a);
         if (target % (u32)in->a) fail("cp.async: shared address 0x%x: must be aligned to %d bytes", target, in->a);
-        if (wanted && source % (u32)in->a) fail("cp.async: global address 0x%llx: must be aligned to %d bytes", (unsigned long long)source, in->a);
+        if (wanted && source % (u32)in->a)
+            fail("cp.async: global address 0x%llx: must be aligned to %d bytes", (unsigned long long)source, in->a);
         if (wanted) global_bytes(source, wanted, READ);
         struct block *block = block_of(warp, &at);
         poison(shared_bytes(block, at, (u32)in->a), (size_t)in->a);
@@ -230,11 +233,14 @@ bool asynchronous(struct warp *warp, struct split *split, const struct instructi
 void check_exit(struct warp *warp) {
     for (s32 i = 0; i < engine.operation_count; i++) {
         const struct operation *operation = engine.operations[i];
-        if (operation->warp == warp && operation->kind == MATRIX_PRODUCT) fail("the warp ends before its wgmma at line %d was waited for", operation->line);
-        if (operation->warp == warp && operation->kind == TILE_STORE) fail("the warp ends before its bulk store at line %d has read shared memory", operation->line);
+        if (operation->warp == warp && operation->kind == MATRIX_PRODUCT)
+            fail("the warp ends before its wgmma at line %d was waited for", operation->line);
+        if (operation->warp == warp && operation->kind == TILE_STORE)
+            fail("the warp ends before its bulk store at line %d has read shared memory", operation->line);
         if (operation->kind != TILE_LOAD || operation->warp->block->cluster != warp->block->cluster || warp->block->live) continue;
         u32 at = operation->shared, rank = at >> RANK_SHIFT ? (at >> RANK_SHIFT) - 1 : (u32)operation->warp->block->rank;
         u32 targets = operation->multicast ? operation->multicast : 1u << rank;
-        if (targets >> warp->block->rank & 1) fail("the block ends while a bulk load of line %d still writes its shared memory", operation->line);
+        if (targets >> warp->block->rank & 1)
+            fail("the block ends while a bulk load of line %d still writes its shared memory", operation->line);
     }
 }

@@ -65,7 +65,8 @@ static bool named(struct warp *warp, struct split *split, const struct instructi
     if (number < 0 || number >= NAMED_BARRIERS) fail("barrier %d: must be from 0 to 15", number);
     if (threads <= 0 || threads % LANES) fail("barrier %d of %d threads: must be whole warps", number, threads);
     struct named_barrier *barrier = &block->barrier[number];
-    if (barrier->arrived && barrier->threads != threads) fail("barrier %d: %d threads here, %d at an earlier arrival", number, threads, barrier->threads);
+    if (barrier->arrived && barrier->threads != threads)
+        fail("barrier %d: %d threads here, %d at an earlier arrival", number, threads, barrier->threads);
     barrier->threads = threads;
     barrier->arrived += LANES;
     join(barrier->clocks, warp->clocks);
@@ -136,7 +137,8 @@ struct mbarrier *find_mbarrier(struct warp *warp, u32 address, bool for_async) {
     if (warp->clocks[barrier->init_component] < barrier->init_clock)
         fail("race: mbarrier at 0x%x was initialised at line %d, and no barrier orders the two", address, barrier->line);
     if (for_async && !barrier->fenced && warp->clocks[engine.clock_count + (s32)barrier->init_component] < barrier->init_clock)
-        fail("proxy: mbarrier at 0x%x, initialised at line %d, without a fence.mbarrier_init or fence.proxy.async between", address, barrier->line);
+        fail("proxy: mbarrier at 0x%x, initialised at line %d, without a fence.mbarrier_init or fence.proxy.async between", address,
+             barrier->line);
     return barrier;
 }
 
@@ -148,7 +150,8 @@ static void initialise(struct warp *warp, u32 address, u32 count) {
     u32 own = component(warp, SELF), bytes = 4 * sizeof(u32) * (u32)engine.clock_count;
     note_write(warp, block, address & ((1u << RANK_SHIFT) - 1), 8, SELF, warp->clocks[own], false);
     struct mbarrier *barrier = grow(sizeof *barrier);
-    *barrier = (struct mbarrier){.expected = count, .pending = count, .line = engine.at->line, .init_component = own, .init_clock = warp->clocks[own]};
+    *barrier = (struct mbarrier){.expected = count, .pending = count, .line = engine.at->line};
+    barrier->init_component = own, barrier->init_clock = warp->clocks[own];
     barrier->clocks = barrier->arriving = grow(bytes);
     barrier->done = barrier->arriving + 2 * engine.clock_count;
     *place = barrier;
@@ -175,10 +178,12 @@ static void progress(struct mbarrier *barrier) {
 
 static void arrive(struct mbarrier *barrier, u32 count, s64 bytes) {
     if (count > barrier->pending)
-        fail("mbarrier initialised at line %d with %u arrivals: %u more arrivals in one phase", barrier->line, barrier->expected, count - barrier->pending);
+        fail("mbarrier initialised at line %d with %u arrivals: %u more arrivals in one phase", barrier->line, barrier->expected,
+             count - barrier->pending);
     barrier->pending -= count;
     barrier->bytes += bytes;
-    if (barrier->bytes >= 1 << 20 || barrier->bytes <= -(1 << 20)) fail("mbarrier initialised at line %d: expects %lld bytes", barrier->line, (long long)barrier->bytes);
+    if (barrier->bytes >= 1 << 20 || barrier->bytes <= -(1 << 20))
+        fail("mbarrier initialised at line %d: expects %lld bytes", barrier->line, (long long)barrier->bytes);
     progress(barrier);
 }
 
@@ -251,8 +256,8 @@ void describe_wait(char *text, size_t size, const struct warp *warp, const struc
                  barrier->pending, barrier->expected, (long long)barrier->bytes);
         break;
     case WAIT_NAMED: {
-        const struct named_barrier *named_barrier = &warp->block->barrier[split->wanted];
-        snprintf(text, size, "barrier %u: %d of %d threads are missing", split->wanted, named_barrier->threads - named_barrier->arrived, named_barrier->threads);
+        const struct named_barrier *other = &warp->block->barrier[split->wanted];
+        snprintf(text, size, "barrier %u: %d of %d threads are missing", split->wanted, other->threads - other->arrived, other->threads);
         break;
     }
     case WAIT_CLUSTER: snprintf(text, size, "the cluster's barrier: %u threads have arrived", warp->block->cluster->arrived); break;

@@ -89,7 +89,9 @@ static u32 special_value(const struct warp *warp, s32 lane, enum special which) 
     const struct launch *launch = engine.launch;
     const struct block *block = warp->block;
     s32 thread = warp->index * LANES + lane, x = which % 3;
-    if (which <= TID_Z) return (u32)(which == TID_X ? thread % launch->block[0] : which == TID_Y ? thread / launch->block[0] % launch->block[1] : thread / launch->block[0] / launch->block[1]);
+    s32 width = launch->block[0], height = launch->block[1];
+    const s32 place[] = {thread % width, thread / width % height, thread / width / height};
+    if (which <= TID_Z) return (u32)place[x];
     if (which <= NTID_Z) return (u32)launch->block[x];
     if (which <= CTAID_Z) return (u32)block->index[x];
     if (which <= NCTAID_Z) return (u32)launch->grid[x];
@@ -134,7 +136,8 @@ static void start_warp(struct block *block, s32 number) {
     warp->clocks = grow(2 * sizeof(u32) * (size_t)engine.clock_count);
     warp->clocks[component(warp, SELF)] = warp->clocks[component(warp, SOLO)] = 1;
     for (s32 which = 0; which < SPECIALS; which++)
-        for (s32 l = 0; l < LANES && launch->specials[which] >= 0; l++) REGISTER(u32, warp, launch->specials[which])[l] = special_value(warp, l, which);
+        for (s32 l = 0; l < LANES && launch->specials[which] >= 0; l++)
+            REGISTER(u32, warp, launch->specials[which])[l] = special_value(warp, l, which);
 }
 
 static void start_block(struct cluster *cluster, s32 rank) {
@@ -305,11 +308,13 @@ static _Noreturn void deadlock(void) {
         for (s32 w = 0; w < engine.warps_per_cluster; w++) {
             struct warp *warp = &engine.clusters[c]->block[w / engine.warps_per_block].warps[w % engine.warps_per_block];
             for (s32 i = 0; i < warp->splits; i++) {
+                const struct split *split = &warp->split[i];
+                bool behind = split->state == WAIT_NAMED || split->state == WAIT_CLUSTER; /* its pc is that of the next instruction */
                 char wait[160];
-                describe_wait(wait, sizeof wait, warp, &warp->split[i]);
-                s32 line = engine.launch->code[warp->split[i].pc - (warp->split[i].state == WAIT_NAMED || warp->split[i].state == WAIT_CLUSTER)].line;
+                describe_wait(wait, sizeof wait, warp, split);
                 if (used + 320 < message_size)
-                    used += (size_t)snprintf(message + used, message_size - used, "\n  %s, lanes 0x%x, waits at {line %d} for %s", warp_name(warp), warp->split[i].lanes, line, wait);
+                    used += (size_t)snprintf(message + used, message_size - used, "\n  %s, lanes 0x%x, waits at {line %d} for %s",
+                                             warp_name(warp), split->lanes, engine.launch->code[split->pc - behind].line, wait);
             }
         }
     longjmp(escape, 1);
@@ -336,7 +341,8 @@ static s32 pending_operation(void) {
 static void schedule(void) {
     struct warp **ready = grow(sizeof *ready * (size_t)(engine.launch->resident * engine.warps_per_cluster));
     while (engine.waiting_count || engine.cluster_count) {
-        while (engine.cluster_count < engine.launch->resident && engine.waiting_count) start_cluster(engine.waiting[--engine.waiting_count]);
+        while (engine.cluster_count < engine.launch->resident && engine.waiting_count)
+            start_cluster(engine.waiting[--engine.waiting_count]);
         u32 count = 0;
         for (s32 c = 0; c < engine.cluster_count; c++)
             for (s32 w = 0; w < engine.warps_per_cluster; w++) {
@@ -350,7 +356,8 @@ static void schedule(void) {
             u32 quantum = 1u << draw(10);
             run_warp(ready[draw(count)], quantum);
             engine.statistics[STEPS] += quantum;
-            if (engine.statistics[STEPS] > engine.launch->limit) fail("the launch has taken %llu steps", (unsigned long long)engine.launch->limit);
+            if (engine.statistics[STEPS] > engine.launch->limit)
+                fail("the launch has taken %llu steps", (unsigned long long)engine.launch->limit);
         }
         for (s32 c = 0; c < engine.cluster_count; c++)
             if (!engine.clusters[c]->live_warps) end_cluster(c--);

@@ -1,7 +1,8 @@
 /* The emulator's core: the state of one launch. One warp runs at a time, 32 lanes in a loop; see docs/emulator.md.
  *
  * core.c schedules, alu.c computes, memory.c holds the memories and what is known of each word, lanes.c exchanges between lanes,
- * barriers.c waits, async.c starts and ends what completes later: copies, tiles.c, and matrix products, wgmma.c. Register files are laid out by lower.py; every operand is a byte offset into one.
+ * barriers.c waits, async.c starts and ends what completes later: copies, tiles.c, and matrix products, wgmma.c. Register files are laid
+ * out by program.py; every operand is a byte offset into one.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -36,7 +37,7 @@ enum space { GENERIC, GLOBAL, SHARED, PARAM, LOCAL };
 enum agent { SELF, SOLO, COPY, PRODUCT, STORE, LOAD, AGENTS };
 enum { READERS = 4 }; /* of a word: SELF, SOLO, PRODUCT, STORE */
 
-/* Mirrored by lower.py's _Instruction. */
+/* Mirrored by program.py's INSTRUCTION. */
 struct instruction {
     s32 op, line;
     s32 guard;   /* offset of a predicate register, or -1 */
@@ -98,7 +99,7 @@ struct named_barrier {
     u32 *clocks;
 };
 
-enum state { RUNNABLE, WAIT_LANES, WAIT_MBARRIER, WAIT_NAMED, WAIT_WARP, WAIT_CLUSTER };
+enum state { RUNNABLE, WAIT_LANES, WAIT_MBARRIER, WAIT_NAMED, WAIT_CLUSTER };
 
 enum group_kind { COPY_GROUPS, STORE_GROUPS, PRODUCT_GROUPS, GROUP_KINDS };
 enum { GROUPS_KEPT = 16 };
@@ -108,7 +109,7 @@ struct split {
     s32 pc;
     u32 lanes;
     u8 state;
-    u32 parity, wanted; /* wanted: lanes of a bar.warp.sync, number of a named barrier, or cluster phase */
+    u32 wanted; /* members of a warp, number of a named barrier, or the phase of an mbarrier */
     struct mbarrier *mbarrier;
     u32 address;
 };

@@ -48,7 +48,7 @@ int cudaGetDeviceCount(int *count) { return *count = 1, SUCCESS; }
 int cudaGetLastError(void) { return SUCCESS; }
 int cudaDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
 int cudaDeviceSynchronize(void) { return SUCCESS; }
-const char *cudaGetErrorName(int error) { return error == NOT_SUPPORTED ? "cudaErrorNotSupported" : "an error of the emulated CUDA runtime"; }
+const char *cudaGetErrorName(int error) { return error == NOT_SUPPORTED ? "cudaErrorNotSupported" : "emulated CUDA error"; }
 const char *cudaGetErrorString(int error) { return cudaGetErrorName(error); }
 int cudaLibraryLoadData(void **library, const void *code) { return *library = (void *)code, SUCCESS; }
 int cudaLibraryUnload(void *library) { return (void)library, SUCCESS; }

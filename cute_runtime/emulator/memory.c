@@ -33,16 +33,18 @@ u8 *shared_bytes(struct block *block, u32 address, u32 size) {
 /* Between clusters of a launch there is no barrier: what one writes plainly, no other may touch, unless it acquires. */
 static void note_global(const struct region *region, u64 address, u32 size, enum access access) {
     const struct block *block = engine.current->block;
+    const char *verb = access == READ ? "reads" : "writes";
+    s32 tensor = (s32)(region - engine.launch->regions);
     u32 own = block->cluster->number + 1;
     for (u64 i = (address - region->base) >> 2; i <= (address + size - 1 - region->base) >> 2; i++) {
         u32 writer = region->writer[i], other = writer & ~ATOMIC_WRITE;
         bool both_atomic = access == ATOMIC && writer & ATOMIC_WRITE;
         if (engine.launch->overlaps && !block->waited && region->before[i])
-            fail("%s {tensor %d} at byte %llu, which the launch before writes, without a griddepcontrol.wait before", access == READ ? "reads" : "writes",
-                 (s32)(region - engine.launch->regions), (unsigned long long)i * 4);
+            fail("%s {tensor %d} at byte %llu, which the launch before writes, without a griddepcontrol.wait before", verb, tensor,
+                 (unsigned long long)i * 4);
         if (other && other != own && !both_atomic && !block->cluster->acquires && size >= 4)
-            fail("race: %s {tensor %d} at byte %llu, which cluster %u has written in this launch", access == READ ? "reads" : "writes",
-                 (s32)(region - engine.launch->regions), (unsigned long long)i * 4, other - 1);
+            fail("race: %s {tensor %d} at byte %llu, which cluster %u has written in this launch", verb, tensor,
+                 (unsigned long long)i * 4, other - 1);
         if (access != READ && size >= 4) region->writer[i] = own | (access == ATOMIC ? ATOMIC_WRITE : 0);
     }
 }
@@ -87,8 +89,8 @@ static const char *const verbs[] = {"", "", "cp.async writes", "wgmma reads", "a
 static _Noreturn void race(enum agent agent, bool writes, u32 address, const char *what, u32 other, s32 line) {
     char at[48] = "";
     if (line) snprintf(at, sizeof at, " at line %d", line);
-    fail("race: %s shared memory at 0x%x that %s %s%s, and no barrier orders the two", agent <= SOLO ? (writes ? "writes" : "reads") : verbs[agent],
-         address, component_name(other), what, at);
+    const char *verb = agent > SOLO ? verbs[agent] : writes ? "writes" : "reads";
+    fail("race: %s shared memory at 0x%x that %s %s%s, and no barrier orders the two", verb, address, component_name(other), what, at);
 }
 
 static _Noreturn void unfenced(enum agent agent, u32 address, u32 other, s32 line) {
@@ -152,7 +154,8 @@ u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32
         u64 window = WINDOW(address);
         space = window == SHARED_WINDOW ? SHARED : window == PARAM_WINDOW ? PARAM : window == LOCAL_WINDOW ? LOCAL : GLOBAL;
     }
-    if (address & (size - 1)) fail("address 0x%llx: must be aligned to the %u bytes accessed (lane %d)", (unsigned long long)address, size, lane);
+    if (address & (size - 1))
+        fail("address 0x%llx: must be aligned to the %u bytes accessed (lane %d)", (unsigned long long)address, size, lane);
     if (space == SHARED) {
         u32 at = (u32)address;
         struct block *block = block_of(warp, &at);
@@ -167,7 +170,8 @@ u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32
     if (space == PARAM || space == LOCAL) {
         u64 offset = address & ~(0xffffull << 48);
         u32 limit = (u32)(space == PARAM ? engine.launch->param_bytes : engine.launch->local_bytes);
-        if (offset + size > limit) fail("address 0x%llx: beyond the %u bytes of %s", (unsigned long long)offset, limit, space == PARAM ? "parameters" : "local memory");
+        const char *name = space == PARAM ? "parameters" : "local memory";
+        if (offset + size > limit) fail("address 0x%llx: beyond the %u bytes of %s", (unsigned long long)offset, limit, name);
         if (space == PARAM && access != READ) fail("writes to the parameters");
         return space == PARAM ? (u8 *)engine.launch->params + offset : warp->local + (u64)lane * limit + offset;
     }
@@ -193,7 +197,8 @@ static void load_or_store(struct warp *warp, const struct instruction *in, u32 l
     FOR_LANES(l, lanes) {
         u64 address = address_operand(warp, args, l);
         u8 *bytes = whole ? memory_bytes(warp, l, in->a, address, size * (u32)count, access) : NULL;
-        if (!whole && address & (size * (u32)count - 1)) fail("address 0x%llx: must be aligned to %u bytes", (unsigned long long)address, size * (u32)count);
+        if (!whole && address & (size * (u32)count - 1))
+            fail("address 0x%llx: must be aligned to %u bytes", (unsigned long long)address, size * (u32)count);
         for (s32 i = 0; i < count; i++) {
             s32 offset = args[4 + 2 * i], width = args[5 + 2 * i];
             if (offset < 0) continue;

@@ -12,8 +12,9 @@ struct map {
     u32 swizzle; /* log2 of the 16-byte pieces that are exchanged: 0 to 3 */
 };
 
-/* Bytes 0-7 address; 8-11 word: rank - 1 in bits 4-6, type in bits 7-10, swizzle in bits 13-14, in bit 21 whether the tensor has 128 KiB or more; from 12 strides / 16 of the dimensions
- * from 1; from 32 sizes - 1; 55-59 box - 1. Read off maps that the compiler's host stubs wrote for known tensors. */
+/* Bytes 0-7 address; 8-11 word: rank - 1 in bits 4-6, type in bits 7-10, swizzle in bits 13-14, in bit 21 whether the tensor has 128 KiB
+ * or more; from 12 strides / 16 of the dimensions from 1; from 32 sizes - 1; 55-59 box - 1. Read off maps that the compiler's host stubs
+ * wrote for known tensors. */
 static struct map decode(struct warp *warp, u64 address) {
     static const u8 bytes_of_type[16] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 0, 2};
     struct map map = {0};
@@ -28,7 +29,8 @@ static struct map decode(struct warp *warp, u64 address) {
     map.element = bytes_of_type[map.type];
     map.swizzle = word >> 13 & 3;
     if ((word & ~0x2067f0u) != 0x40002 || map.rank > MAX_RANK || !map.element || raw[52] | raw[53] | raw[54])
-        fail("tensor map at 0x%llx: of a kind that is not emulated (word 0x%x, strides of elements 0x%x)", (unsigned long long)address, word, raw[52]);
+        fail("tensor map at 0x%llx: of a kind that is not emulated (word 0x%x, strides of elements 0x%x)", (unsigned long long)address,
+             word, raw[52]);
     memcpy(&value, raw + 28, 4);
     if (value) fail("tensor map: strides from 2**36 bytes are not emulated");
     if (map.base % 16) fail("tensor map: address 0x%llx: must be aligned to 16 bytes", (unsigned long long)map.base);
@@ -83,7 +85,8 @@ static struct block *target_block(const struct operation *operation, s32 rank, u
 /* The blocks of the cluster that a load writes to. */
 static u32 targets_of(const struct operation *operation) {
     u32 at;
-    if (operation->multicast >> operation->warp->block->cluster->blocks) fail("multicast to 0x%x: the cluster is smaller", operation->multicast);
+    if (operation->multicast >> operation->warp->block->cluster->blocks)
+        fail("multicast to 0x%x: the cluster is smaller", operation->multicast);
     return operation->multicast ? operation->multicast : 1u << target_block(operation, 0, &at)->rank;
 }
 
@@ -114,9 +117,11 @@ void issue_tile(struct operation *operation) {
     u32 bytes = operation->size, alignment = 16;
     if (operation->map) {
         struct map map = decode(warp, operation->map);
-        if (map.rank != operation->instruction->a) fail("tensor map of rank %d: the instruction takes rank %d", map.rank, operation->instruction->a);
+        if (map.rank != operation->instruction->a)
+            fail("tensor map of rank %d: the instruction takes rank %d", map.rank, operation->instruction->a);
         u32 line = (u32)(map.box[0] * map.element);
-        if (line % 16 || (map.swizzle && line > 16u << map.swizzle)) fail("tensor map: a box of %u bytes in dimension 0 with this swizzle", line);
+        if (line % 16 || (map.swizzle && line > 16u << map.swizzle))
+            fail("tensor map: a box of %u bytes in dimension 0 with this swizzle", line);
         bytes = box_bytes(&map);
         alignment = 128;
         operation->size = bytes;
@@ -160,7 +165,8 @@ void load_tile(const struct operation *operation) {
                 const u8 *source = run.end > run.begin ? global_bytes(run.global + run.begin, run.end - run.begin, READ) : NULL;
                 u8 bytes[4096] = {0}; /* the longest line: 256 elements of 16 bytes */
                 if (source) memcpy(bytes + run.begin, source, run.end - run.begin);
-                for (u32 piece = 0; piece < line; piece += 16) memcpy(block->shared + swizzled(at + run.shared + piece, map.swizzle), bytes + piece, 16);
+                for (u32 piece = 0; piece < line; piece += 16)
+                    memcpy(block->shared + swizzled(at + run.shared + piece, map.swizzle), bytes + piece, 16);
             }
         }
         arrive_from(barrier_of(operation, rank), 0, -(s64)operation->size, component(warp, LOAD), operation->clock);
@@ -197,7 +203,8 @@ void store_tile(const struct operation *operation) {
         struct run run = run_of(&map, operation->coordinate, (s32)r);
         if (run.end <= run.begin) continue;
         u8 bytes[4096];
-        for (u32 piece = 0; piece < line; piece += 16) memcpy(bytes + piece, block->shared + swizzled(at + run.shared + piece, map.swizzle), 16);
+        for (u32 piece = 0; piece < line; piece += 16)
+            memcpy(bytes + piece, block->shared + swizzled(at + run.shared + piece, map.swizzle), 16);
         u8 *target = global_bytes(run.global + run.begin, run.end - run.begin, operation->reduce ? ATOMIC : WRITE);
         if (operation->reduce) add_into(target, bytes + run.begin, run.end - run.begin, map.type);
         else memcpy(target, bytes + run.begin, run.end - run.begin);

@@ -28,7 +28,8 @@ static struct matrix decode(u64 descriptor, bool transposed) {
 static u32 run_address(const struct matrix *matrix, u32 outer, u32 run) {
     u32 pitch = 16 * matrix->pieces, address = matrix->start + outer % 8 * pitch;
     if (matrix->pieces == 1) {
-        u32 along_outer = matrix->mn_major ? matrix->leading : matrix->stride, along_run = matrix->mn_major ? matrix->stride : matrix->leading;
+        u32 along_outer = matrix->mn_major ? matrix->leading : matrix->stride;
+        u32 along_run = matrix->mn_major ? matrix->stride : matrix->leading;
         return (address + outer / 8 * along_outer + run * along_run) & 0x3ffff;
     }
     address += outer / 8 * matrix->stride + run % matrix->pieces * 16 + (matrix->mn_major ? run / matrix->pieces * matrix->leading : 0);
@@ -126,7 +127,8 @@ void multiply(const struct operation *operation) {
             for (s32 l = 0; l < LANES; l++)
                 for (s32 i = 0; i < 2; i++) {
                     u16 element = REGISTER(u16, warp, registers[accumulators + r])[2 * l + i];
-                    a[8 * (r / 2) + 2 * (l % 4) + i][l / 4 + 8 * (r % 2)] = in->b & FLOAT16 ? half_to_float(element) : bfloat_to_float(element);
+                    float *value = &a[8 * (r / 2) + 2 * (l % 4) + i][l / 4 + 8 * (r % 2)];
+                    *value = in->b & FLOAT16 ? half_to_float(element) : bfloat_to_float(element);
                 }
     }
     if (!(in->b & NEGATED_A) != !(in->b & NEGATED_B))
@@ -139,14 +141,16 @@ void multiply(const struct operation *operation) {
         }
     multiply_add(c, a, b, n);
     for (s32 l = 0; l < LANES; l++)
-        for (s32 r = 0; r < accumulators; r++) REGISTER(float, warp, registers[r])[l] = c[l / 4 + r / 2 % 2 * 8][r / 4 * 8 + l % 4 * 2 + r % 2];
+        for (s32 r = 0; r < accumulators; r++)
+            REGISTER(float, warp, registers[r])[l] = c[l / 4 + r / 2 % 2 * 8][r / 4 * 8 + l % 4 * 2 + r % 2];
 }
 
 /* After some products were waited for: which registers the others still use. */
 void mark_busy(struct warp *warp) {
     for (s32 i = 0; i < engine.launch->register_bytes / 64; i++) warp->busy[i] &= 4;
     for (s32 i = 0; i < engine.operation_count; i++)
-        if (engine.operations[i]->warp == warp && engine.operations[i]->kind == MATRIX_PRODUCT) mark(warp, engine.operations[i]->instruction);
+        if (engine.operations[i]->warp == warp && engine.operations[i]->kind == MATRIX_PRODUCT)
+            mark(warp, engine.operations[i]->instruction);
 }
 
 /* Before an ordinary instruction: a register that a product uses must not be touched before the product was waited for. */
