@@ -108,7 +108,7 @@ def kernels_stage(session: nox.Session, python: str) -> tuple[int, int, int]:
     """Compiles every kernel, once: the stages after it read them from here."""
     try:
         return bazel_kernels(session, python, OUT / "kernels"), 0, 0
-    except CommandFailed:
+    except (CommandFailed, subprocess.CalledProcessError):
         return 0, 1, 0
 
 

@@ -114,6 +114,24 @@ def test_bazels_gpu_tests_are_skipped_and_not_passed_without_one(noxfile, monkey
     assert ("--test_tag_filters=-gpu" in log.read_text().splitlines()[0]) == (expected[2] > 0)
 
 
+def test_kernels_are_copied_to_where_pytest_looks(noxfile, monkeypatch, tmp_path):
+    built, bazel = tmp_path / "bin" / "prebuilt_kernels", tmp_path / "bazel"
+    built.mkdir(parents=True)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "old.so").touch()
+    bazel.write_text(f"#!/bin/sh\ncase $1 in info) echo {tmp_path}/bin;; build) test -e {tmp_path}/broken && exit 1; exit 0;; esac\n")
+    bazel.chmod(0o755)
+    for name in ("a.so", "b.so"):
+        (built / name).write_text(name)
+    monkeypatch.setattr(noxfile, "find_tool", lambda session, *names: str(bazel))
+    monkeypatch.setattr(noxfile, "bazel_environment", lambda python: {})
+    monkeypatch.setattr(noxfile, "ROOT", tmp_path)
+    assert noxfile.kernels_stage(Session(), "python") == (2, 0, 0)
+    assert {path.name: path.read_text() for path in (tmp_path / "kernels").iterdir()} == {"a.so": "a.so", "b.so": "b.so"}
+    (tmp_path / "broken").touch()
+    assert noxfile.kernels_stage(Session(), "python") == (0, 1, 0)
+
+
 def test_gpu_is_asked_of_the_driver(noxfile, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert noxfile.listed_gpus() == []

@@ -14,10 +14,9 @@ from sonicmoe.thiek import Thiek
 from testing.matrix.located import LocatedDict, LocatedList, MatrixError, load
 from testing.matrix.speed import Floor, Floors, Rule
 
+DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
 _NOTHING = LocatedDict()
 _NOTHING.line, _NOTHING.lines = 0, {}
-
-DEFAULT_MATRIX = Path(__file__).resolve().parent.parent / "matrix.yaml"
 
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai", "silu", "gelu", "relu", "relu_squared")
