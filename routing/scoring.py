@@ -25,9 +25,9 @@ _BLOCK_ELEMENTS_CPU = 2**18
 
 def check_choice(num_experts: int, k: int, scoring: str, scale: float, num_groups: int, groups_per_token: int, group_score: str) -> None:
     """Refuse a choice of experts that cannot be made, whatever the logits."""
-    check_whole("k", k)
-    check_whole("num_groups", num_groups)
-    check_whole("groups_per_token", groups_per_token)
+    for name, value in (("k", k), ("num_groups", num_groups), ("groups_per_token", groups_per_token)):
+        if type(value) is not int:  # the usual case costs no call
+            check_whole(name, value)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k}: must be between 1 and the number of experts, {num_experts}")
     if scoring not in SCORINGS:

@@ -169,7 +169,9 @@ class MoE(nn.Module):
             raise TypeError(f"x has dtype {x.dtype}: must be the weights' {w_up.dtype} outside of autocast")
         parallel = self.parallelism
         if parallel is not None:
-            w_up, w_down, b_up, b_down = map(parallel.local, (w_up, w_down, b_up, b_down))
+            # A DTensor that FSDP2 has gathered may call itself by another dtype than its local part still has.
+            own = (None if tensor is None else parallel.local(tensor).to(tensor.dtype) for tensor in (w_up, w_down, b_up, b_down))
+            w_up, w_down, b_up, b_down = own
         tokens = narrow = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
         if autocast:
             dtype = torch.get_autocast_dtype(device_type)

@@ -230,7 +230,7 @@ def test_current_object_is_kept_and_stale_one_rebuilt(out, toy, monkeypatch):
 
 
 def test_full_disk_is_one_sentence_and_leaves_nothing(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "_run_compile_step", lambda *_: bytes(1000))
+    monkeypatch.setattr(builder, "run_compile_step", lambda *_: bytes(1000))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
     try:

@@ -213,7 +213,7 @@ def launch_of(tokens=T, hidden=H, width=2 * I, k=K):
     """`hopper.forward`'s choice for these sizes."""
     sizes = (torch.Size((tokens, hidden)), torch.Size((E, width, hidden)), tokens * k, k)
     kinds = (torch.bfloat16, torch.int32, torch.device("cpu"), "swiglu", "interleaved")
-    return hopper._forward_launch(*sizes, *kinds, False, False, False)
+    return hopper._forward_launch(*sizes, *kinds, False, False, False, False, False)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ KERNEL_DEFECTS = {
         _GEMM, "inside = cute.ceil_div(columns - piece * 8, TILE_K)", "inside = (columns - piece * 8) // TILE_K", "hidden/h1000"
     ),
     "kernel: products of one tile added to the next one's": SourceDefect(
-        _GEMM, "mma.set(warpgroup.Field.ACCUMULATE, k > 0)", "mma.set(warpgroup.Field.ACCUMULATE, True)", "tokens/t8193"
+        _GEMM,
+        "mma.set(warpgroup.Field.ACCUMULATE, True if const_expr(self.over_rows) else k > 0)",
+        "mma.set(warpgroup.Field.ACCUMULATE, True)",
+        "tokens/t8193",
     ),
     "kernel: score not applied in the sum": SourceDefect(
         _GATHER_SUM, "term = weight[j] * term", "term = weight[j] * 0 + term", "tokens/t129"

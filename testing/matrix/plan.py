@@ -190,7 +190,7 @@ def estimated_wall_seconds(cells: Sequence[Cell], profile: Profile, *, workers: 
             first = min(running)
             running.remove(first)
             now = first[0]
-    speed = sum(cost_seconds(cell, profile) for cell in cells if cell.needs_gpu)
+    speed = sum(cost_seconds(cell, profile) for cell in cells if cell.needs_gpu and cell.gpus == 1)
     return _START_S + now + (_START_S + speed if speed else 0.0)
 
 
