@@ -1,8 +1,8 @@
 """The expert operations on an sm_90 GPU: host half of kernels/up_projection.py and kernels/down_projection.py.
 
 The forward runs in this project's kernels, without host synchronisation, on the current stream. The backward's four operations
-are those of `sonicmoe.backends.reference`, in PyTorch, until their kernels exist: correct, slower, and they read the experts' row
-offsets on the host, so that a training step cannot be captured in a CUDA graph yet.
+are those of `sonicmoe.backends.reference`, in PyTorch, until their kernels (hopper_backward.py) have run on a GPU: correct, slower, and
+they read the experts' row offsets on the host, so that a training step cannot be captured in a CUDA graph yet.
 Notation: T tokens, H hidden size, I intermediate size, E experts, R rows, Z = 2I for a gated activation, else I.
 """
 

@@ -23,6 +23,8 @@ for its tile once the other has seen all of the tile before: named barriers 4 an
 A stage is a tile of m x 64 of A and n x 64 of B, each row 128 bytes in the 128-byte swizzle. B comes as two boxes of n/2 rows:
 for a gated activation the gate's and the up projection's rows (whether they alternate in memory or not is a stride of the
 tensor map), so that one thread holds column j of both; block r of a cluster of two loads box r for both blocks.
+A transposed B, whose columns are contiguous and not the reduction, lies in blocks of 64 columns x 32 of the reduction and comes as
+two boxes of n columns x 32 (for gate and up of their own as four of n/2 x 32).
 
 The last columns of the reduction are zero in both operands (TMA bounds, cp.async of 0 bytes). Rows beyond an expert's end are
 computed from whatever is there and never stored.
