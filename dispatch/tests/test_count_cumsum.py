@@ -65,6 +65,7 @@ def test_cumsum_is_left_out_on_request() -> None:
         (torch.zeros(3), 2, TypeError, r"expert_index: dtype torch.float32: must be torch.int32 or torch.int64"),
         (torch.zeros(3, 1, dtype=torch.int32), 2, ValueError, r"expert_index: shape \(3, 1\): must have one dimension"),
         (torch.zeros(3, dtype=torch.int32), 0, ValueError, r"num_experts=0: must be between 1 and"),
+        (torch.zeros(3, dtype=torch.int32), 2.5, TypeError, r"num_experts=2\.5: must be an int"),
     ],
 )
 def test_bad_input_is_refused_by_name(ids: torch.Tensor, num_experts: int, error: type[Exception], message: str) -> None:
