@@ -39,8 +39,8 @@ def test_a_defect_fits_the_kernel_and_names_a_cell(name):
 
 
 def test_a_defect_that_no_longer_fits_is_refused():
-    with pytest.raises(ValueError, match=r"README.md: holds 'no such text' 0 times: must be there once"):
-        edited(SourceDefect("README.md", "no such text", "", "tokens/t129"))
+    with pytest.raises(ValueError, match=r"dispatch/kernels/count.py: holds 'no such text' 0 times: must be there once"):
+        edited(SourceDefect("dispatch/kernels/count.py", "no such text", "", "tokens/t129"))
 
 
 def test_names_are_of_one_defect_each():

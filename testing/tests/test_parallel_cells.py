@@ -101,7 +101,7 @@ def test_answer_is_the_first_process_s():
 
 
 def test_a_process_that_fails_is_named_with_its_last_line():
-    processes = [start("import time; time.sleep(60)"), start("print('one'); raise SystemExit('boom')")]
+    processes = [start("import time; time.sleep(60)"), start("print('one', flush=True); raise SystemExit('boom')")]
     with pytest.raises(RuntimeError, match=r"process 1 ended with 1: boom"):
         _answer(processes, time.monotonic() + 60)
     processes[0].kill()
