@@ -8,6 +8,8 @@ import torch
 
 import cute_runtime
 from cute_runtime import emulator
+from routing import Routing
+from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate
 from sonicmoe.backends import hopper, hopper_backward
 from sonicmoe.kernels import variants
@@ -29,10 +31,14 @@ SEEDS = (0, 1)
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Every tensor that the host halves make is NaN until written."""
+    """Every tensor that the host halves make is NaN, or an index far out of bounds, until written."""
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+
+    def poison(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
 def in_every_order(check):
@@ -89,6 +95,44 @@ def test_forward_takes_interleaved_weights_stored_with_their_last_dimensions_exc
         return a, z
 
     in_every_order(check)
+
+
+OPERATIONS = ("activation_backward", "down_weight_grad", "up_weight_grad", "dx_rows")
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "graph_kept"])
+def test_experts_train_on_these_kernels(monkeypatch, kept):
+    """The autograd function with all operations from kernels, as it will be on a GPU: every gradient against float64."""
+    for name in OPERATIONS:
+        monkeypatch.setattr(hopper, name, getattr(hopper_backward, name))
+    monkeypatch.setattr(backends, "resolve", lambda *_: "hopper")
+    generator = torch.Generator().manual_seed(0)
+    T, H, I, E, K = 70, 40, 24, 5, 2
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).bfloat16().requires_grad_()
+
+    expert = torch.rand(T, E, generator=generator).argsort(1)[:, :K].flatten().int()
+    expert[::11] = -1
+    score = torch.rand(T * K, generator=generator).requires_grad_()
+    token = torch.arange(T, dtype=torch.int32).repeat_interleave(K)
+    routing = Routing(token, expert, score, T, E, K)
+    leaves = {"dx": draw(T, H), "dw_up": draw(E, 2 * I, H, scale=H**-0.5), "dw_down": draw(E, H, I, scale=I**-0.5)}
+    leaves |= {"db_up": draw(E, 2 * I), "db_down": draw(E, H), "dscore": score}
+    x, w_up, w_down, b_up, b_down, _ = leaves.values()
+    dout = draw(T, H).detach()
+    want = oracle.experts(x, w_up, w_down, routing, dout, b_up=b_up, b_down=b_down)
+    with emulator.emulation() as launches:
+        out = routed_experts(x, w_up, w_down, routing, b_up=b_up, b_down=b_down)
+        runs = [torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=kept) for _ in range(2 if kept else 1)]
+    assert sum("weight_grad" in launch.kernel or "RowReduction" in launch.kernel for launch in launches) >= len(runs)
+    for gradients in runs:
+        assert all(torch.equal(one, other) for one, other in zip(gradients, runs[0], strict=True))
+        got = {"o": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+        for name, error in {name: accuracy.measure(name, got[name], want[name]) for name in want if name != "dscore"}.items():
+            assert error.whole < accuracy.THRESHOLDS[torch.bfloat16].whole, name
+            assert error.worst_block < accuracy.THRESHOLDS[torch.bfloat16].worst_block, name
+        assert (got["dscore"].double() - want["dscore"]).norm() < 8e-3 * want["dscore"].norm()
 
 
 PRODUCTS = [
