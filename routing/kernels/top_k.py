@@ -33,8 +33,7 @@ _INT32_MAX = 2**31 - 1
 @cute.jit
 def _value(
     logit: Float32,
-    bias: cute.Tensor | None,
-    expert: Int32,
+    bias: Float32 | None,
     largest: Float32,
     exp_sum: Float32,
     scoring: cutlass.Constexpr,
@@ -47,7 +46,7 @@ def _value(
     if cutlass.const_expr(by_score and scoring == "softmax"):
         value = warp.exp(value - largest) / exp_sum
     if cutlass.const_expr(bias is not None):
-        value = warp.finite(value + bias[expert])
+        value = warp.finite(value + bias)
     return value
 
 
@@ -76,7 +75,8 @@ def _group_value(
     first, second = Int32(BELOW_ALL), Int32(BELOW_ALL)
     for offset in cutlass.range(lane, size, LANES, unroll=1):
         expert = begin + offset
-        key = warp.key_of(_value(warp.logit(row, expert), bias, expert, largest, exp_sum, scoring, by_score))
+        own_bias = bias[expert] if cutlass.const_expr(bias is not None) else None
+        key = warp.key_of(_value(warp.logit(row, expert), own_bias, largest, exp_sum, scoring, by_score))
         second = cutlass.max(second, cutlass.min(first, key))
         first = cutlass.max(first, key)
     best = warp.highest(first)
@@ -128,6 +128,7 @@ def _top_k_kernel(
         key = cute.make_rmem_tensor((PER_LANE,), Int32)
         index = cute.make_rmem_tensor((PER_LANE,), Int32)
         logit = cute.make_rmem_tensor((PER_LANE,), Float32)
+        own_bias = cute.make_rmem_tensor((PER_LANE,), Float32)
         for group in cutlass.range(0, num_groups, unroll=1):
             listed = warp.ballot((lane < groups_per_token) & (group_index == group))
             if (num_groups == 1) | (listed != 0):
@@ -136,12 +137,15 @@ def _top_k_kernel(
                     for j in cutlass.range_constexpr(PER_LANE):
                         index[j] = chunk + j * LANES + lane
                         # A position behind the end reads the last expert again: no branch, all loads in flight.
-                        logit[j] = warp.logit(row, cutlass.min(index[j], end - 1))
+                        expert = cutlass.min(index[j], end - 1)
+                        logit[j] = warp.logit(row, expert)
+                        if cutlass.const_expr(bias is not None):
+                            own_bias[j] = bias[expert]
                     for j in cutlass.range_constexpr(PER_LANE):
                         key[j] = Int32(BELOW_ALL)
                         if chunk + j * LANES < end:  # the same for all lanes, and scores are worth skipping in small groups
-                            expert = cutlass.min(index[j], end - 1)
-                            value = _value(logit[j], bias, expert, largest, exp_sum, scoring, by_score)
+                            added = own_bias[j] if cutlass.const_expr(bias is not None) else None
+                            value = _value(logit[j], added, largest, exp_sum, scoring, by_score)
                             key[j] = cutlass.select_(index[j] < end, warp.key_of(value), Int32(BELOW_ALL))
                     for step in cutlass.range_constexpr(PER_LANE):
                         for j in cutlass.range_constexpr(step % 2, PER_LANE - 1, 2):
