@@ -212,24 +212,30 @@ static bool passed(const struct mbarrier *barrier, const struct instruction *in,
     return barrier->phase != (u32)REGISTER(u64, warp, offset)[lane];
 }
 
-/* args: predicate, address, state or parity. in->b: try_wait, which may suspend; as on a device it returns early now and then. */
+/* args: predicate, address, state or parity. in->b: try_wait, which may suspend; as on a device it returns early now and then.
+   Lanes that have diverged may meet here in different laps of a ring: a lane that can go on must not wait for one that cannot. */
 static bool mbarrier_wait(struct warp *warp, struct split *split, const struct instruction *in, u32 lanes) {
     const s32 *args = engine.launch->args + in->first;
     u32 ready = 0;
-    bool impatient = in->b && !draw(32);
+    struct mbarrier *awaited = NULL;
+    bool several = false, impatient = in->b && !draw(32);
     if (!impatient) FOR_LANES(l, lanes) {
         u32 address = (u32)address_operand(warp, args + 1, l);
         struct mbarrier *barrier = find_mbarrier(warp, address, false);
         if (passed(barrier, in, warp, args[4], l)) {
             join(warp->clocks, barrier->done);
             ready |= 1u << l;
-        } else if (in->b) {
-            split->state = WAIT_MBARRIER;
-            split->mbarrier = barrier;
+        } else {
+            several |= awaited && awaited != barrier;
+            awaited = barrier;
             split->address = address;
-            split->wanted = barrier->phase;
-            return false;
         }
+    }
+    if (awaited && in->b && !ready && !several) {
+        split->state = WAIT_MBARRIER;
+        split->mbarrier = awaited;
+        split->wanted = awaited->phase;
+        return false;
     }
     engine.statistics[BARRIER_WAITS] += ready != 0;
     warp->yields = ready != lanes;

@@ -71,6 +71,17 @@ def test_box_is_clipped_and_filled_with_zeros(column, row):
     np.testing.assert_array_equal(out, padded[10 + row : 18 + row, 10 + column : 18 + column])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_lane_whose_wait_is_over_does_not_wait_for_the_others(seed):
+    """Lane 0's phase is over, that of the others ends by lane 0's arrival behind the same wait."""
+    out = np.zeros(32, np.int32)
+    arrive = "@%p1 mbarrier.arrive.shared.b64 %rd0, [%s];"
+    store = "ld.param.u64 %out, [out]; mul.wide.u32 %rd1, %thread, 4; add.u64 %rd2, %out, %rd1; st.global.u32 [%rd2], 7;"
+    body = f"{INITIALISE} setp.eq.u32 %p1, %lane, 0; selp.u32 %r1, 1, 0, %p1; {wait('%s', '%r1')} {arrive} {store}"
+    run_ptx(kernel(body, ".param .u64 out"), out, block=(32,), dynamic_bytes=2048, seed=seed)
+    assert (out == 7).all()
+
+
 def test_swizzled_box_exchanges_pieces_of_16_bytes():
     tensor, out = load_box(8, 1, swizzle=1)
     pieces = tensor[1:9, 8:16].reshape(16, 4)
