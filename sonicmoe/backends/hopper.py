@@ -20,7 +20,7 @@ from sonicmoe.backends.reference import activation_backward, down_weight_grad, d
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
 
-__all__ = ["DTYPES", "activation_backward", "down_projection", "down_weight_grad", "dx_rows", "forward", "up_projection", "up_weight_grad"]
+__all__ = ["activation_backward", "down_projection", "down_weight_grad", "dx_rows", "forward", "up_projection", "up_weight_grad"]
 
 
 def forward(
@@ -48,6 +48,7 @@ def forward(
     Raises:
         ValueError: a tensor that the kernels cannot take as it is, in one sentence, before any work.
     """
+    # as_stored asks the same first; here the usual case costs no call.
     stored_up, up_transposed = (w_up, False) if w_up.is_contiguous() else as_stored("w_up", w_up)
     stored_down, down_transposed = (w_down, False) if w_down.is_contiguous() else as_stored("w_down", w_down)
     pointers = x.data_ptr() | w_up.data_ptr() | w_down.data_ptr()

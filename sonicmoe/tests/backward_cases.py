@@ -1,6 +1,7 @@
 """The backward's five operations on small cases against float64, for whatever device and launcher runs them (GPU or emulator).
 
-Outputs are poisoned with NaN by the caller, inputs are fresh normal data; what lies behind the last expert's rows is NaN too.
+Outputs are poisoned with NaN by the caller (`poison_new_tensors`), inputs are fresh normal data; what lies behind the last expert's
+rows is NaN too.
 """
 
 import itertools
@@ -62,6 +63,17 @@ class Case:
         for expert, (begin, end) in enumerate(itertools.pairwise(self.plan.offsets.tolist())):
             own = slice(begin, end)
             yield expert, own, self.plan.row_to_token[own].long(), self.score[self.plan.row_to_slot[own].long()].double()
+
+
+def poison_new_tensors(monkeypatch) -> None:
+    """Every tensor that the host halves make is NaN, or an index far out of bounds, until written."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
 def check_activation_backward(case: Case, operation, **needs) -> tuple:

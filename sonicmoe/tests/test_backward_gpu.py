@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from sonicmoe.backends import hopper_backward
-from sonicmoe.tests.backward_cases import Case, check_activation_backward, check_added_weight_grads, check_dx_rows, check_weight_grads
+from sonicmoe.tests.backward_cases import (
+    Case,
+    check_activation_backward,
+    check_added_weight_grads,
+    check_dx_rows,
+    check_weight_grads,
+    poison_new_tensors,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +39,7 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Every tensor that the host halves make is NaN until written."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+    poison_new_tensors(monkeypatch)
 
 
 def assert_same_bits(first, second, rows):

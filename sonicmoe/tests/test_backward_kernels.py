@@ -21,6 +21,7 @@ from sonicmoe.tests.backward_cases import (
     check_added_weight_grads,
     check_dx_rows,
     check_weight_grads,
+    poison_new_tensors,
 )
 
 SIZES = (136, 72, 100, [5, 1, 0, 200, 64, 0, 130])
@@ -31,14 +32,7 @@ SEEDS = (0, 1)
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Every tensor that the host halves make is NaN, or an index far out of bounds, until written."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-
-    def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+    poison_new_tensors(monkeypatch)
 
 
 def in_every_order(check):
