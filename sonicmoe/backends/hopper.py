@@ -1,8 +1,7 @@
-"""The expert operations on an sm_90 GPU: host half of kernels/up_projection.py and kernels/down_projection.py.
+"""The expert operations on an sm_90 GPU: host half of kernels/up_projection.py and kernels/down_projection.py; the backward's are in
+hopper_backward.py.
 
-The forward runs in this project's kernels, without host synchronisation, on the current stream. The backward's four operations
-are those of `sonicmoe.backends.reference`, in PyTorch, until their kernels (hopper_backward.py) have run on a GPU: correct, slower, and
-they read the experts' row offsets on the host, so that a training step cannot be captured in a CUDA graph yet.
+All run in this project's kernels, without host synchronisation, on the current stream.
 Notation: T tokens, H hidden size, I intermediate size, E experts, R rows, Z = 2I for a gated activation, else I.
 """
 
@@ -16,7 +15,7 @@ import cute_runtime
 from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
 from sonicmoe.activations import is_gated
 from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices
-from sonicmoe.backends.reference import activation_backward, down_weight_grad, dx_rows, up_weight_grad
+from sonicmoe.backends.hopper_backward import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
 

@@ -1,8 +1,7 @@
 """The backward's expert operations in kernels of our own: host half of `sonicmoe.kernels`' activation_backward, score_grad,
 weight_grad, bias_grad and dx_rows.
 
-Without host synchronisation, on the current stream, and deterministic. `sonicmoe.backends.hopper` does not use them yet: they have
-run in the emulator only, not on a GPU (docs/kernels/backward.md says what is missing).
+Without host synchronisation, on the current stream, and deterministic.
 Notation: T tokens, H hidden size, I intermediate size, E experts, R rows, Z = 2I for a gated activation, else I.
 """
 

@@ -1,10 +1,22 @@
 """Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel."""
 
 VARIANTS = {
+    "activation_backward": [
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+    ],
     "down_projection": [
         "sonicmoe.down_projection-bias.false-dtype.bfloat16-tile.m128n128pp2c2s5",
         "sonicmoe.down_projection-bias.false-dtype.bfloat16-tile.m128n192pp2c1s4",
         "sonicmoe.down_projection-bias.false-dtype.bfloat16-tile.m192n256co3c1s3",
+    ],
+    "dx_rows": [
+        "sonicmoe.dx_rows-dtype.bfloat16-tile.m128n128pp2c2s5",
+        "sonicmoe.dx_rows-dtype.bfloat16-tile.m128n256co2c2s4",
+        "sonicmoe.dx_rows-dtype.bfloat16-tile.m192n256co3c1s3",
+    ],
+    "score_grad": [
+        "sonicmoe.score_grad-bias.false-dtype.bfloat16",
     ],
     "up_projection": [
         "sonicmoe.up_projection-activation.swiglu-bias.false-dtype.bfloat16-interleaved.false-store_z.false-tile.m192n256co3c1s3",
@@ -16,9 +28,36 @@ VARIANTS = {
         "sonicmoe.up_projection-activation.swiglu-bias.false-dtype.bfloat16-interleaved.true-store_z.true-tile.m192n256co3c1s3",
         "sonicmoe.up_projection-activation.swiglu-bias.false-dtype.bfloat16-interleaved.true-store_z.true-tile.m192n256co3c2s3",
     ],
+    "weight_grad": [
+        "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m128n256co2c2s4-transposed.false",
+        "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m128n256co2c2s4-transposed.true",
+        "sonicmoe.weight_grad-dtype.bfloat16-tile.m128n256co2c2s4-transposed.false",
+        "sonicmoe.weight_grad-dtype.bfloat16-tile.m128n256co2c2s4-transposed.true",
+    ],
 }
 
 MATRIX_VARIANTS = {
+    "activation_backward": [
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.gelu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.silu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+    ],
+    "bias_grad": [
+        "sonicmoe.bias_grad-dtype.bfloat16-gathered.false",
+        "sonicmoe.bias_grad-dtype.bfloat16-gathered.true",
+        "sonicmoe.bias_grad-dtype.float16-gathered.false",
+        "sonicmoe.bias_grad-dtype.float16-gathered.true",
+    ],
     "down_projection": [
         "sonicmoe.down_projection-bias.false-dtype.float16-tile.m128n128pp2c2s5",
         "sonicmoe.down_projection-bias.false-dtype.float16-tile.m128n192pp2c1s4",
@@ -29,6 +68,15 @@ MATRIX_VARIANTS = {
         "sonicmoe.down_projection-bias.true-dtype.float16-tile.m128n128pp2c2s5",
         "sonicmoe.down_projection-bias.true-dtype.float16-tile.m128n192pp2c1s4",
         "sonicmoe.down_projection-bias.true-dtype.float16-tile.m192n256co3c1s3",
+    ],
+    "dx_rows": [
+        "sonicmoe.dx_rows-dtype.float16-tile.m128n128pp2c2s5",
+        "sonicmoe.dx_rows-dtype.float16-tile.m128n256co2c2s4",
+        "sonicmoe.dx_rows-dtype.float16-tile.m192n256co3c1s3",
+    ],
+    "score_grad": [
+        "sonicmoe.score_grad-bias.true-dtype.bfloat16",
+        "sonicmoe.score_grad-bias.true-dtype.float16",
     ],
     "up_projection": [
         "sonicmoe.up_projection-activation.geglu-bias.false-dtype.bfloat16-interleaved.true-store_z.false-tile.m192n256co3c1s3",
@@ -91,5 +139,9 @@ MATRIX_VARIANTS = {
         "sonicmoe.up_projection-activation.swiglu_oai-bias.true-dtype.bfloat16-interleaved.true-store_z.false-tile.m192n256co3c2s3",
         "sonicmoe.up_projection-activation.swiglu_oai-bias.true-dtype.bfloat16-interleaved.true-store_z.true-tile.m192n256co3c1s3",
         "sonicmoe.up_projection-activation.swiglu_oai-bias.true-dtype.bfloat16-interleaved.true-store_z.true-tile.m192n256co3c2s3",
+    ],
+    "weight_grad": [
+        "sonicmoe.weight_grad-dtype.float16-tile.m128n256co2c2s4-transposed.false",
+        "sonicmoe.weight_grad-dtype.float16-tile.m128n256co2c2s4-transposed.true",
     ],
 }

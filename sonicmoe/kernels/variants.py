@@ -3,7 +3,7 @@
 from itertools import product
 
 from cute_runtime import Variant
-from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, Tile
+from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, WIDE, Tile
 
 
 def _stored(transposed: bool) -> dict[str, bool]:
@@ -77,15 +77,18 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
 
 
 def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool) -> list[Variant]:
-    """All that a layer with these options can load, whatever its sizes, in training and inference."""
-    up = [
-        up_projection(tile=tile, dtype=dtype, activation=activation, interleaved=interleaved, store_z=store_z, bias=bias)
-        for tile, store_z in product((TALL, PAIR), (True, False))
-    ]
-    return up + [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (TALL, BROAD, SQUARE)]
+    """All that a layer with these options can load, whatever its sizes, in inference and in training of all its parameters."""
+    layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved}
+    up = [up_projection(tile=tile, **layer, store_z=store_z, bias=bias) for tile, store_z in product((TALL, PAIR), (True, False))]
+    down = [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (TALL, BROAD, SQUARE)]
+    backward = [activation_backward(tile=WIDE, **layer, dz=True, dscore=True, scaled_a=True), score_grad(dtype=dtype, bias=bias)]
+    weights = [weight_grad(tile=WIDE, dtype=dtype, transposed=transposed) for transposed in (False, True)]
+    biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
+    return up + down + backward + weights + biases + [dx_rows(tile=tile, dtype=dtype) for tile in (TALL, SQUARE, WIDE)]
 
 
 def prebuilt_variants() -> list[Variant]:
-    """What most models use: bfloat16, swiglu in both layouts, no bias."""
+    """What most models use: bfloat16, swiglu in both layouts, no bias; with main gradients too."""
     layouts = [layer_variants(dtype="bfloat16", activation="swiglu", interleaved=interleaved, bias=False) for interleaved in (True, False)]
-    return list(dict.fromkeys(variant for layout in layouts for variant in layout))
+    main_grads = [weight_grad(tile=WIDE, dtype="bfloat16", transposed=transposed, add=True) for transposed in (False, True)]
+    return list(dict.fromkeys(variant for variants in (*layouts, main_grads) for variant in variants))

@@ -100,10 +100,11 @@ def test_tiles_of_the_backward_follow_the_rows_of_an_expert():
     assert tiles.weight_grad_tile() is WIDE
 
 
-def test_prebuilt_variants_cover_the_tiles_of_the_forward():
+def test_prebuilt_variants_cover_the_tiles_of_the_rules():
     built = variants.prebuilt_variants()
-    assert len(set(built)) == len(built) == 11
-    assert {variant.params["tile"] for variant in built} == {tile.name for tile in (TALL, PAIR, SQUARE, BROAD)}
+    assert len(set(built)) == len(built)
+    used = {variant.params["tile"] for variant in built if "tile" in variant.params}
+    assert used == {tile.name for tile in (TALL, PAIR, SQUARE, BROAD, WIDE)}
 
 
 def routed(seed: int) -> DispatchPlan:

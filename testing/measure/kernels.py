@@ -53,24 +53,13 @@ LARGEST_ERROR = 4e-3
 """Relative Frobenius error of one expert's result in bfloat16."""
 
 
-HOPPER = types.SimpleNamespace(
-    up_projection=hopper.up_projection,
-    down_projection=hopper.down_projection,
-    activation_backward=hopper_backward.activation_backward,
-    down_weight_grad=hopper_backward.down_weight_grad,
-    up_weight_grad=hopper_backward.up_weight_grad,
-    dx_rows=hopper_backward.dx_rows,
-)
-"""The kernels, those included that the layer's backward does not use yet."""
-
-
 class Data:
     """One shape's tensors, all of which a training step holds too."""
 
     def __init__(self, thiek: Thiek, options: Options) -> None:
         T, H, I, E, K = self.thiek = thiek
         device = options.device
-        self.operations = HOPPER if options.backend == "hopper" else reference
+        self.operations = hopper if options.backend == "hopper" else reference
         generator = torch.Generator(device).manual_seed(options.seed)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:

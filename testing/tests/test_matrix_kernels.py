@@ -2,7 +2,7 @@
 
 from cute_runtime import prebuilt_variants
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import down_tile, up_tile
+from sonicmoe.kernels.tiles import activation_backward_tile, down_tile, dx_tile, up_tile, weight_grad_tile
 from testing.matrix.cells import LayerCell, load_matrix
 from testing.matrix.kernels import matrix_variants
 from testing.matrix.plan import experts_problem
@@ -11,7 +11,7 @@ MATRIX = load_matrix()
 
 
 def test_every_layer_of_the_hopper_profile_finds_its_kernels():
-    """The choices of sonicmoe/backends/hopper.py, at the sizes that cells run at, and with fewer or more rows as routing may leave them."""
+    """The choices of hopper.py and hopper_backward.py, at the sizes that cells run at, and with fewer or more rows as routing may leave."""
     built = {variant.name for variant in (*prebuilt_variants(), *matrix_variants(MATRIX))}
     limits = MATRIX.profiles["hopper"].limits
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
@@ -27,6 +27,13 @@ def test_every_layer_of_the_hopper_profile_finds_its_kernels():
             up, down = up_tile(rows=rows, experts=sizes.E), down_tile(rows=rows, experts=sizes.E, reduced=sizes.I)
             needed |= {variants.up_projection(tile=up, **options, **common, store_z=store_z).name for store_z in (True, False)}
             needed.add(variants.down_projection(tile=down, **common).name)
+            dtype, width = common["dtype"], sizes.I * (2 if gated else 1)
+            back = activation_backward_tile(rows=rows, experts=sizes.E)
+            needed.add(variants.activation_backward(tile=back, **options, dtype=dtype, dz=True, dscore=True, scaled_a=True).name)
+            needed.add(variants.score_grad(**common).name)
+            needed |= {variants.weight_grad(tile=weight_grad_tile(), dtype=dtype, transposed=side).name for side in (True, False)}
+            needed.add(variants.dx_rows(tile=dx_tile(rows=rows, experts=sizes.E, reduced=width), dtype=dtype).name)
+            needed |= {variants.bias_grad(dtype=dtype, gathered=side).name for side in (True, False) if cell.bias}
     assert len(needed) > 30
     assert needed - built == set()
 
