@@ -60,7 +60,7 @@ def activation_backward(
     cute_runtime.check_launch(
         alignment=4, dout=dout, score=weights, offsets=plan.offsets, row_to_token=plan.row_to_token, row_to_slot=plan.row_to_slot
     )
-    tile = activation_backward_tile(rows=rows, experts=w_down.shape[0])
+    tile = activation_backward_tile(columns=columns)
     dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
     scaled_a = z.new_empty(rows, columns) if need_scaled_a else None
     partial = weights.new_empty(-(-columns // tile.n), rows) if need_dscore else None
@@ -163,7 +163,8 @@ def _weight_grad(
     if rows.shape[0] == 0:
         return tokens.new_zeros(shape) if add_to is None else None
     out = tokens.new_empty(shape) if add_to is None else add_to
-    variant = variants.weight_grad(tile=weight_grad_tile(), dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
+    tile = weight_grad_tile(rows=rows.shape[0], experts=plan.num_experts)
+    variant = variants.weight_grad(tile=tile, dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
     with cute_runtime.on_device(tokens.device):
         _kernel(variant)(tokens, rows, plan.offsets, plan.row_to_token, out, blocks(tokens.device))
     return out if add_to is None else None

@@ -430,7 +430,7 @@ class GroupedGemm:
             k_tiles = self._k_tiles(record, width)
             first, end = self._outputs(record, width)
             my_row = first + place * 64
-            tail = (pointer_b, record[2] - record[1])
+            tail = (pointer_b, record[2] - record[1], end - first)
             if const_expr(tile.pingpong):
                 cute.arch.barrier(barrier_id=TURN_BARRIER + consumer, number_of_threads=256)
             if my_row < end:
@@ -442,7 +442,7 @@ class GroupedGemm:
                     if block_row < end:
                         self.epilogue.store(accumulators, block, epilogue_args, record[0], block_row, end, record[3], my_staging, consumer)
             else:
-                stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer, tail)
+                stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer)
             if const_expr(tile.pingpong):
                 stage, phase = self._skip(stage, phase, k_tiles)
             slot, lap = next_slot(slot, lap, step)
@@ -453,7 +453,7 @@ class GroupedGemm:
         """First and end of the rows of the output that this block's tile may store."""
         return record[1], record[2]
 
-    def _clear_tail(self, tail, stage, k, k_tiles) -> None:
+    def _clear_tail(self, tail, stage, k) -> None:
         """Before the products of a stage: nothing to do where the loads zero what lies beyond the reduction's end."""
 
     @cute.jit
@@ -501,7 +501,7 @@ class GroupedGemm:
             accumulators.fill(0.0)  # an expert without rows has no stage
         for k in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
-            self._clear_tail(tail, stage, k, k_tiles)
+            self._clear_tail(tail, stage, k)
             if const_expr(self.gather):
                 # cp.async wrote through the generic proxy, wgmma reads through the async one.
                 cute.arch.fence_proxy("async.shared", space="cta")
@@ -534,11 +534,10 @@ class GroupedGemm:
         return stage, phase
 
     @cute.jit
-    def _follow(self, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32, tail: tuple):
+    def _follow(self, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32):
         """Leaves every stage of a tile unread, keeping the barriers' count."""
         for k in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
-            self._clear_tail(tail, stage, k, k_tiles)
             self._release(empty, stage)
             stage += 1
             if stage == self.tile.stages:

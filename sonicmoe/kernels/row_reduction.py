@@ -9,7 +9,7 @@ The roles, barriers and the ring are those of grouped_gemm.py. What differs:
 * gathered A: eight lanes a row of a block; a row's token is loaded one stage ahead.
 * rows beyond the expert's end: A's are zeroed by cp.async; B's box brings rows of the next expert, or what nobody wrote, where
   zero times NaN would be NaN, so the consumers overwrite them with zeros before the products of a tile's last stage: named
-  barrier 6, the threads of all consumers of the tile.
+  barrier 6, the threads of the consumers that have columns of A.
 * two blocks of a cluster take neighbouring columns of A and share B's.
 """
 
@@ -141,20 +141,22 @@ class RowReduction(GroupedGemm):
             ptx.copy_16_bytes_async(at + const_expr(block * BLOCK_BYTES), source + const_expr(block * 128), size)
 
     @cute.jit
-    def _clear_tail(self, tail: tuple, stage: Int32, k: Int32, k_tiles: Int32):
+    def _clear_tail(self, tail: tuple, stage: Int32, k: Int32):
+        """By the consumers that have columns of A, 64 each: the others read nothing and need not come to the barrier."""
         tile = self.tile
-        pointer, rows = tail
+        pointer, rows, columns = tail
         inside = rows - k * TILE_K
         if inside < TILE_K:
-            threads = const_expr(128 * self.group_size)
-            thread = cute.arch.thread_idx()[0] - 128
+            threads = cutlass.min(cute.ceil_div(columns, 64), self.group_size) * 128
+            piece = cute.arch.thread_idx()[0] - 128  # of 16 bytes, 8 a line
             begin = pointer.toint() + stage * (tile.n * TILE_K * 2)
-            for i in cutlass.range_constexpr((tile.n * 8 + threads - 1) // threads):
-                line = (thread + i * threads) // 8  # of 64 rows of each block of 64 columns
+            for _ in cutlass.range_constexpr(tile.n * 8 // 128):
+                line = piece // 8  # of 64 rows of each block of 64 columns
                 row = line % TILE_K
                 block = line // TILE_K
                 if (row >= inside) & (block < tile.n // 64):
-                    at = begin + (row // 32) * (tile.n * 64) + block * (BLOCK_BYTES // 2) + (row % 32) * 128 + (thread % 8) * 16
+                    at = begin + (row // 32) * (tile.n * 64) + block * (BLOCK_BYTES // 2) + (row % 32) * 128 + (piece % 8) * 16
                     ptx.store_16_zero_bytes(at)
+                piece += threads
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.barrier(barrier_id=TAIL_BARRIER, number_of_threads=threads)

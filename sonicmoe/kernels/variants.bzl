@@ -2,7 +2,9 @@
 
 VARIANTS = {
     "activation_backward": [
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
     ],
     "down_projection": [
@@ -13,7 +15,6 @@ VARIANTS = {
     "dx_rows": [
         "sonicmoe.dx_rows-dtype.bfloat16-tile.m128n128pp2c2s5",
         "sonicmoe.dx_rows-dtype.bfloat16-tile.m128n256co2c2s4",
-        "sonicmoe.dx_rows-dtype.bfloat16-tile.m192n256co3c1s3",
     ],
     "score_grad": [
         "sonicmoe.score_grad-bias.false-dtype.bfloat16",
@@ -31,25 +32,42 @@ VARIANTS = {
     "weight_grad": [
         "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m128n256co2c2s4-transposed.false",
         "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m128n256co2c2s4-transposed.true",
+        "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m192n256co3c2s3-transposed.false",
+        "sonicmoe.weight_grad-add.true-dtype.bfloat16-tile.m192n256co3c2s3-transposed.true",
         "sonicmoe.weight_grad-dtype.bfloat16-tile.m128n256co2c2s4-transposed.false",
         "sonicmoe.weight_grad-dtype.bfloat16-tile.m128n256co2c2s4-transposed.true",
+        "sonicmoe.weight_grad-dtype.bfloat16-tile.m192n256co3c2s3-transposed.false",
+        "sonicmoe.weight_grad-dtype.bfloat16-tile.m192n256co3c2s3-transposed.true",
     ],
 }
 
 MATRIX_VARIANTS = {
     "activation_backward": [
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.geglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.gelu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.gelu-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.reglu-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.relu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.relu_squared-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.silu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.silu-dscore.true-dtype.bfloat16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.swiglu-dscore.true-dtype.float16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.bfloat16-dz.true-interleaved.true-scaled_a.true-tile.m128n256co2c2s4",
+        "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n128pp2c2s5",
         "sonicmoe.activation_backward-activation.swiglu_oai-dscore.true-dtype.float16-dz.true-interleaved.false-scaled_a.true-tile.m128n256co2c2s4",
     ],
     "bias_grad": [
@@ -72,7 +90,6 @@ MATRIX_VARIANTS = {
     "dx_rows": [
         "sonicmoe.dx_rows-dtype.float16-tile.m128n128pp2c2s5",
         "sonicmoe.dx_rows-dtype.float16-tile.m128n256co2c2s4",
-        "sonicmoe.dx_rows-dtype.float16-tile.m192n256co3c1s3",
     ],
     "score_grad": [
         "sonicmoe.score_grad-bias.true-dtype.bfloat16",
@@ -143,5 +160,7 @@ MATRIX_VARIANTS = {
     "weight_grad": [
         "sonicmoe.weight_grad-dtype.float16-tile.m128n256co2c2s4-transposed.false",
         "sonicmoe.weight_grad-dtype.float16-tile.m128n256co2c2s4-transposed.true",
+        "sonicmoe.weight_grad-dtype.float16-tile.m192n256co3c2s3-transposed.false",
+        "sonicmoe.weight_grad-dtype.float16-tile.m192n256co3c2s3-transposed.true",
     ],
 }

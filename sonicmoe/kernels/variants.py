@@ -81,14 +81,18 @@ def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved}
     up = [up_projection(tile=tile, **layer, store_z=store_z, bias=bias) for tile, store_z in product((TALL, PAIR), (True, False))]
     down = [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (TALL, BROAD, SQUARE)]
-    backward = [activation_backward(tile=WIDE, **layer, dz=True, dscore=True, scaled_a=True), score_grad(dtype=dtype, bias=bias)]
-    weights = [weight_grad(tile=WIDE, dtype=dtype, transposed=transposed) for transposed in (False, True)]
+    results = {"dz": True, "dscore": True, "scaled_a": True}
+    backward = [activation_backward(tile=tile, **layer, **results) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
+    weights = _weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
-    return up + down + backward + weights + biases + [dx_rows(tile=tile, dtype=dtype) for tile in (TALL, SQUARE, WIDE)]
+    return up + down + backward + weights + biases + [dx_rows(tile=tile, dtype=dtype) for tile in (WIDE, SQUARE)]
+
+
+def _weight_grads(*, dtype: str, add: bool) -> list[Variant]:
+    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((WIDE, PAIR), (False, True))]
 
 
 def prebuilt_variants() -> list[Variant]:
     """What most models use: bfloat16, swiglu in both layouts, no bias; with main gradients too."""
     layouts = [layer_variants(dtype="bfloat16", activation="swiglu", interleaved=interleaved, bias=False) for interleaved in (True, False)]
-    main_grads = [weight_grad(tile=WIDE, dtype="bfloat16", transposed=transposed, add=True) for transposed in (False, True)]
-    return list(dict.fromkeys(variant for variants in (*layouts, main_grads) for variant in variants))
+    return list(dict.fromkeys(variant for variants in (*layouts, _weight_grads(dtype="bfloat16", add=True)) for variant in variants))

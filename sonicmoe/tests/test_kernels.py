@@ -92,12 +92,15 @@ def test_tiles_follow_the_rows_of_an_expert():
     assert tiles.down_tile(rows=524288, experts=256, reduced=256) is BROAD
 
 
-def test_tiles_of_the_backward_follow_the_rows_of_an_expert():
-    assert tiles.activation_backward_tile(rows=32768, experts=256) is WIDE
-    assert tiles.dx_tile(rows=32768, experts=256, reduced=2048) is TALL
+def test_tiles_of_the_backward_follow_the_sizes():
+    assert tiles.activation_backward_tile(columns=1024) is SQUARE
+    assert tiles.activation_backward_tile(columns=256) is WIDE
+    assert tiles.dx_tile(rows=32768, experts=256, reduced=2048) is WIDE
+    assert tiles.dx_tile(rows=32768, experts=128, reduced=2048) is SQUARE
     assert tiles.dx_tile(rows=262144, experts=128, reduced=2048) is WIDE
     assert tiles.dx_tile(rows=524288, experts=256, reduced=512) is SQUARE
-    assert tiles.weight_grad_tile() is WIDE
+    assert tiles.weight_grad_tile(rows=32768, experts=256) is WIDE
+    assert tiles.weight_grad_tile(rows=262144, experts=128) is PAIR
 
 
 def test_prebuilt_variants_cover_the_tiles_of_the_rules():

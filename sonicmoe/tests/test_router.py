@@ -108,7 +108,7 @@ def test_gpu_gives_unrounded_logits_and_the_oracles_gradients(dtype):
     dx, dweight = torch.autograd.grad(logits, (x, weight), dlogits)
     wide = [tensor.detach().double() for tensor in (x, weight, dlogits)]
     assert logits.dtype == torch.float32
-    assert relative_error(logits, wide[0] @ wide[1].T) < 1e-6
+    assert relative_error(logits, wide[0] @ wide[1].T) < 5e-6  # the tensor cores' sums; rounding to dtype would cost a hundred times that
     one_rounding = {torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
     assert relative_error(dx, wide[2] @ wide[1]) < one_rounding
     assert relative_error(dweight, wide[2].T @ wide[0]) < one_rounding

@@ -242,6 +242,12 @@ KERNELS = (
 )
 
 
+def _forget_launches() -> None:
+    """The forward's host half remembers which kernel a size has, and so which tile."""
+    for launch in (hopper._up_launch, hopper._down_launch, hopper._forward_launch):
+        launch.cache_clear()
+
+
 @contextlib.contextmanager
 def using(kernel: Kernel, tile: Tile | None) -> Iterator[None]:
     """The kernel's host half takes ``tile`` whatever the shape; None leaves it the rule of the table."""
@@ -250,10 +256,12 @@ def using(kernel: Kernel, tile: Tile | None) -> Iterator[None]:
         return
     rule = getattr(kernel.tile_module, kernel.tile_rule)
     setattr(kernel.tile_module, kernel.tile_rule, lambda **sizes: tile)
+    _forget_launches()
     try:
         yield
     finally:
         setattr(kernel.tile_module, kernel.tile_rule, rule)
+        _forget_launches()
 
 
 def error_of(kernel: Kernel, data: Data, seed: int) -> float:

@@ -28,10 +28,11 @@ def test_every_layer_of_the_hopper_profile_finds_its_kernels():
             needed |= {variants.up_projection(tile=up, **options, **common, store_z=store_z).name for store_z in (True, False)}
             needed.add(variants.down_projection(tile=down, **common).name)
             dtype, width = common["dtype"], sizes.I * (2 if gated else 1)
-            back = activation_backward_tile(rows=rows, experts=sizes.E)
+            back = activation_backward_tile(columns=sizes.I)
             needed.add(variants.activation_backward(tile=back, **options, dtype=dtype, dz=True, dscore=True, scaled_a=True).name)
             needed.add(variants.score_grad(**common).name)
-            needed |= {variants.weight_grad(tile=weight_grad_tile(), dtype=dtype, transposed=side).name for side in (True, False)}
+            gradient = weight_grad_tile(rows=rows, experts=sizes.E)
+            needed |= {variants.weight_grad(tile=gradient, dtype=dtype, transposed=side).name for side in (True, False)}
             needed.add(variants.dx_rows(tile=dx_tile(rows=rows, experts=sizes.E, reduced=width), dtype=dtype).name)
             needed |= {variants.bias_grad(dtype=dtype, gathered=side).name for side in (True, False) if cell.bias}
     assert len(needed) > 30
