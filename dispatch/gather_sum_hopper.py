@@ -22,7 +22,7 @@ def gather_sum_hopper(rows: torch.Tensor, score: torch.Tensor | None, plan: Disp
 
     Args:
         rows: (R, H) bfloat16, float16 or float32, contiguous, aligned to 16 bytes, H a multiple of 8. Rows of no slot are not read.
-        score: (R,) floating point, per slot, or None for weights of one; other dtypes than float32 are converted.
+        score: (R,) floating point, per slot, or None for weights of one; converted to float32 where :func:`reads` is False.
         plan: the DispatchPlan of the R slots.
         out: (T, H) in rows' dtype, contiguous and aligned likewise, to write to; made if None.
 
@@ -58,19 +58,18 @@ def launch(
         raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with H a multiple of 8")
     if out is None:
         out = rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
-    if score is not None:
-        score = score.to(torch.float32)
+    uniform = slots_per_token is not None
+    if score is not None and not reads(score.dtype, rows.dtype, uniform):
+        score = score.float()
     cute_runtime.check_launch(rows=rows, out=out)
-    cute_runtime.check_launch(
-        alignment=4, rows=rows, score=score, slot_to_row=slot_to_row, token_offsets=token_offsets, token_slots=token_slots
-    )
+    cute_runtime.check_launch(alignment=4, rows=rows, slot_to_row=slot_to_row, token_offsets=token_offsets, token_slots=token_slots)
+    cute_runtime.check_launch(alignment=2, rows=rows, score=score)
     if out.numel() == 0:
         return out
     if rows.shape[0] == 0:
         return out.zero_()
-    uniform = slots_per_token is not None
     with cute_runtime.on_device(rows.device):
-        kernel(rows.dtype, uniform, score is not None)(
+        kernel(rows.dtype, uniform, None if score is None else score.dtype)(
             rows,
             score,
             slot_to_row,
@@ -82,7 +81,17 @@ def launch(
     return out
 
 
+def reads(score: torch.dtype, rows: torch.dtype, uniform: bool) -> bool:
+    """Whether there is a kernel that reads scores of this dtype as they are: float32, and with K slots a token rows' dtype."""
+    return score == torch.float32 or (uniform and score == rows)
+
+
 @functools.cache
-def kernel(dtype: torch.dtype, uniform: bool, scored: bool) -> Callable[..., None]:
-    """The kernel as it is launched: (rows, score, slot_to_row, token_offsets | None, token_slots | None, out, K)."""
-    return cute_runtime.load(variants.gather_sum(dtype=_DTYPE_NAME[dtype], form="uniform" if uniform else "csr", scored=scored))
+def kernel(dtype: torch.dtype, uniform: bool, score: torch.dtype | None) -> Callable[..., None]:
+    """The kernel as it is launched: (rows, score | None, slot_to_row, token_offsets | None, token_slots | None, out, K).
+
+    Args:
+        score: its dtype, one that :func:`reads` allows, or None without a score.
+    """
+    options = {"scored": score is not None} | ({"score": _DTYPE_NAME[score]} if score is not None else {})
+    return cute_runtime.load(variants.gather_sum(dtype=_DTYPE_NAME[dtype], form="uniform" if uniform else "csr", **options))

@@ -1,5 +1,6 @@
-"""Host half of kernels/place.py, keys.py and bounds.py: the passes of a plan. Notation: T tokens, E experts, R slots.
+"""Host half of kernels/plan_few.py, place.py, keys.py and bounds.py: the passes of a plan. Notation: T tokens, E experts, R slots.
 
+    few slots, K each  one block sorts all of them by expert                                             1 launch at R <= 4096
     K slots a token    the slots are sorted by token, so one stable pass by expert is the plan           2 launches
     any order          keys; passes by the tokens' digits -> token_slots; bounds -> token_offsets;
                        then a pass by expert over token_slots                                            8 launches at 1024 <= T < 2**20
@@ -17,7 +18,7 @@ import torch
 import cute_runtime
 from dispatch.chunk_counts import DTYPE_NAME, MAX_SIZE, check_sizes, chunk_sizes, chunks
 from dispatch.kernels import variants
-from dispatch.kernels.sizes import MAX_BINS
+from dispatch.kernels.sizes import FEW_SLOTS, MAX_BINS
 from dispatch.types import DispatchPlan, packed_size, unpack
 
 
@@ -50,7 +51,7 @@ def supports(expert_index: torch.Tensor, num_tokens: int, num_experts: int) -> b
 
 
 def launch(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+    token_index: torch.Tensor | None, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
 ) -> tuple[torch.Tensor, DispatchPlan]:
     """The plan and the tensor that it is made of, on the current stream; the arguments are those of :func:`dispatch.plan`, checked.
 
@@ -61,7 +62,8 @@ def launch(
     """
     slots = expert_index.shape[0]
     check_sizes(slots=slots, num_tokens=num_tokens, num_experts=num_experts)
-    token_index, expert_index = token_index.contiguous(), expert_index.contiguous()
+    expert_index = expert_index.contiguous()
+    token_index = token_index.contiguous() if slots_per_token is None else None
     cute_runtime.check_launch(alignment=4, expert_index=expert_index, token_index=token_index)
     with cute_runtime.on_device(expert_index.device):
         if slots and slots_per_token is not None and num_experts < MAX_BINS:
@@ -78,17 +80,17 @@ def launch(
 
 
 class UniformLaunch(NamedTuple):
-    """A plan of K slots a token and fewer than MAX_BINS experts, for fixed sizes: one pass, two launches."""
+    """A plan of K slots a token and fewer than MAX_BINS experts, for fixed sizes: one pass, one launch or two."""
 
     kernel: Callable[..., None]
     size: int
     """Elements of the packed plan."""
     sizes: tuple[int, int, int, int, int, int]
     """Of the packed plan's parts, as types.unpack has them."""
-    counts: tuple[int, int]
-    """Shape of the chunks' counts."""
-    numbers: tuple[int, int, int, int, int]
-    """The kernel's last arguments."""
+    counts: tuple[int, int] | None
+    """Shape of the chunks' counts; None where one block plans all slots."""
+    numbers: tuple[int, ...]
+    """The kernel's last arguments, of which K is the last."""
     narrow: bool
     """Whether the ids are int32."""
 
@@ -97,27 +99,32 @@ class UniformLaunch(NamedTuple):
         # Without a dtype, of an int32 tensor: half the host time.
         packed = expert_index.new_empty(self.size) if self.narrow else expert_index.new_empty(self.size, dtype=torch.int32)
         row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets = packed.split_with_sizes(self.sizes)
-        counts = packed.new_empty(*self.counts)
         rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
-        self.kernel(expert_index, None, counts, None, None, *rows, *self.numbers)
-        experts, tokens, k = self.sizes[4] - 1, self.sizes[5] - 1, self.numbers[4]
+        if self.counts is None:
+            self.kernel(expert_index, *rows, *self.numbers)
+        else:
+            self.kernel(expert_index, None, packed.new_empty(*self.counts), None, None, *rows, *self.numbers)
+        experts, tokens, k = self.sizes[4] - 1, self.sizes[5] - 1, self.numbers[-1]
         return packed, DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, tokens, experts, k)
 
 
 @functools.lru_cache(maxsize=1024)
 def uniform_launch(num_tokens: int, num_experts: int, slots_per_token: int, index: torch.dtype, device: torch.device) -> UniformLaunch:
-    """Loads the kernel; R >= 1."""
-    (digit,) = digits(num_experts)
+    """Loads the kernel; R >= 1.
+
+    Up to FEW_SLOTS slots one block plans them: two launches would be two blocks one after the other at best, and each of these slots'
+    loads and stores is in flight at once. Not measured on a GPU yet; about 3 microseconds are expected, two launches took 8.0 at
+    (4096,256,8) in a CUDA graph.
+    """
     slots = num_tokens * slots_per_token
+    sizes = (slots, slots, slots, slots, num_experts + 1, num_tokens + 1)
+    packed, narrow = packed_size(slots, num_tokens, num_experts), index == torch.int32
+    if slots <= FEW_SLOTS:
+        return UniformLaunch(_load_plan_few(index), packed, sizes, None, (num_experts, slots_per_token), narrow)
+    (digit,) = digits(num_experts)
     length, counts = chunk_sizes(slots, digit.bins, device)
-    return UniformLaunch(
-        _load_place(index, False, "uniform"),
-        packed_size(slots, num_tokens, num_experts),
-        (slots, slots, slots, slots, num_experts + 1, num_tokens + 1),
-        counts,
-        (length, num_experts, digit.shift, digit.mask, slots_per_token),
-        index == torch.int32,
-    )
+    numbers = (length, num_experts, digit.shift, digit.mask, slots_per_token)
+    return UniformLaunch(_load_place(index, False, "uniform"), packed, sizes, counts, numbers, narrow)
 
 
 def _plan_uniform(expert_index: torch.Tensor, plan: DispatchPlan) -> None:
@@ -189,6 +196,11 @@ def _like(slots: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _load_place(index: torch.dtype, ordered: bool, output: str) -> Callable[..., None]:
     return cute_runtime.load(variants.place(index=DTYPE_NAME[index], ordered=ordered, output=output))
+
+
+@functools.cache
+def _load_plan_few(index: torch.dtype) -> Callable[..., None]:
+    return cute_runtime.load(variants.plan_few(index=DTYPE_NAME[index]))
 
 
 @functools.cache

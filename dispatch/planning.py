@@ -9,7 +9,7 @@ from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
 
 def plan(
-    token_index: torch.Tensor,
+    token_index: torch.Tensor | None,
     expert_index: torch.Tensor,
     *,
     num_tokens: int,
@@ -20,8 +20,9 @@ def plan(
     """Give every slot its row: experts in order, within an expert ascending by token, within a token by slot.
 
     Args:
-        token_index: (R,) int32 or int64.
-        expert_index: (R,) int32 or int64. Ids outside [0, E) are sentinels and get no row.
+        token_index: (R,) int32 or int64, or None where slots_per_token says it all.
+        expert_index: (R,) int32 or int64, without token_index also (T, K), as a router has them. Ids outside [0, E) are sentinels and
+            get no row.
         num_tokens: T >= 0.
         num_experts: E >= 1.
         slots_per_token: K if slot ``t * K + j`` belongs to token t, which saves a sort; else None.
@@ -49,50 +50,70 @@ def plan(
     if not _is_sound(token_index, expert_index, num_tokens, num_experts, slots_per_token):
         _refuse(token_index, expert_index, num_tokens, num_experts, slots_per_token)
     check_backend(backend)
-    if is_direct((token_index, expert_index)):
+    if expert_index.dim() == 2:
+        expert_index = expert_index.reshape(-1)
+    if is_direct((expert_index, token_index)):
         return _make(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)[1]
-    packed = _plan(token_index, expert_index, num_tokens, num_experts, slots_per_token, backend)
+    packed = _plan(expert_index, token_index, num_tokens, num_experts, slots_per_token, backend)
     return unpack(packed, expert_index.shape[0], num_tokens, num_experts, slots_per_token)
 
 
 def _is_sound(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+    token_index: torch.Tensor | None, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
 ) -> bool:
     """The conditions of _refuse in one expression: the usual case costs no more than reading its attributes."""
     shape = expert_index.shape
+    if expert_index.dtype not in ID_DTYPES or not (0 <= num_tokens < INT32_MAX and 1 <= num_experts < INT32_MAX):
+        return False
+    if slots_per_token is not None:
+        slots = num_tokens * slots_per_token
+        if slots_per_token < 1 or slots > INT32_MAX:
+            return False
+        if token_index is None:
+            return shape == (slots,) or shape == (num_tokens, slots_per_token)
+        if shape != (slots,):
+            return False
     return (
-        expert_index.dtype in ID_DTYPES
+        token_index is not None
         and token_index.dtype in ID_DTYPES
         and len(shape) == 1
         and token_index.shape == shape
         and shape[0] <= INT32_MAX
-        and 0 <= num_tokens < INT32_MAX
-        and 1 <= num_experts < INT32_MAX
         and token_index.device == expert_index.device
-        and (slots_per_token is None or (slots_per_token >= 1 and num_tokens * slots_per_token == shape[0]))
     )
 
 
-def _refuse(token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None) -> None:
-    check_ids("token_index", token_index)
-    check_ids("expert_index", expert_index)
+def _refuse(
+    token_index: torch.Tensor | None, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+) -> None:
     check_size("num_tokens", num_tokens, least=0)
     check_size("num_experts", num_experts, least=1)
-    if token_index.shape != expert_index.shape:
-        raise ValueError(f"token_index: length {token_index.shape[0]}: must equal expert_index's length {expert_index.shape[0]}")
-    if token_index.device != expert_index.device:
-        raise ValueError(f"token_index: device {token_index.device}: must equal expert_index's device {expert_index.device}")
-    check_size("slots_per_token", slots_per_token, least=1)
+    if slots_per_token is not None:
+        check_size("slots_per_token", slots_per_token, least=1)
+    if token_index is None:
+        if slots_per_token is None:
+            raise ValueError("token_index=None: must be a tensor where slots_per_token is None")
+        if expert_index.dim() == 2 and expert_index.shape != (num_tokens, slots_per_token):
+            wanted = (num_tokens, slots_per_token)
+            raise ValueError(f"expert_index: shape {tuple(expert_index.shape)}: must be (num_tokens, slots_per_token) = {wanted} or flat")
+        check_ids("expert_index", expert_index.flatten() if expert_index.dim() == 2 else expert_index)
+    else:
+        check_ids("token_index", token_index)
+        check_ids("expert_index", expert_index)
+        if token_index.shape != expert_index.shape:
+            raise ValueError(f"token_index: length {token_index.shape[0]}: must equal expert_index's length {expert_index.shape[0]}")
+        if token_index.device != expert_index.device:
+            raise ValueError(f"token_index: device {token_index.device}: must equal expert_index's device {expert_index.device}")
     raise ValueError(
-        f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {token_index.shape[0]} slots, "
+        f"slots_per_token={slots_per_token}: num_tokens * slots_per_token must equal the {expert_index.numel()} slots, "
         f"num_tokens is {num_tokens}"
     )
 
 
 @operator("sonicmoe_dispatch::plan")
 def _plan(
-    token_index: torch.Tensor,
     expert_index: torch.Tensor,
+    token_index: torch.Tensor | None,
     num_tokens: int,
     num_experts: int,
     slots_per_token: int | None,
@@ -103,21 +124,26 @@ def _plan(
 
 @fake(_plan)
 def _(
-    token_index: torch.Tensor,
     expert_index: torch.Tensor,
+    token_index: torch.Tensor | None,
     num_tokens: int,
     num_experts: int,
     slots_per_token: int | None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    return token_index.new_empty(packed_size(token_index.shape[0], num_tokens, num_experts), dtype=torch.int32)
+    return expert_index.new_empty(packed_size(expert_index.shape[0], num_tokens, num_experts), dtype=torch.int32)
 
 
 def _make(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None, backend: str
+    token_index: torch.Tensor | None,
+    expert_index: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    backend: str,
 ) -> tuple[torch.Tensor, DispatchPlan]:
     """The operator's body: the packed plan, and its parts, which a caller in eager mode takes instead of cutting it once more."""
-    if debug.enabled():
+    if token_index is not None and debug.enabled():
         _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
     if backend == "hopper" or (backend == "auto" and plan_hopper.supports(expert_index, num_tokens, num_experts)):
         return plan_hopper.launch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
@@ -126,7 +152,7 @@ def _make(
 
 
 def _plan_torch(
-    token_index: torch.Tensor, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
+    token_index: torch.Tensor | None, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
 ) -> torch.Tensor:
     expert = bucket(expert_index, num_experts)
     slot = torch.arange(expert.shape[0], dtype=torch.int32, device=expert.device)

@@ -40,7 +40,8 @@ def routed_experts(
         x: (T, H) bfloat16, float16, float32 or float64; H a multiple of 8.
         w_up: (E, 2I, H), or (E, I, H) for an activation without a gate; x's dtype; I a multiple of 8.
         w_down: (E, H, I), x's dtype.
-        routing: who goes where, with what score; slots whose expert is outside [0, E) contribute nothing.
+        routing: who goes where, with what score; slots whose expert is outside [0, E) contribute nothing. Its score may have x's dtype,
+            its token_index may be None where it has K slots a token.
         b_up: (E, 2I) or (E, I), like w_up's rows.
         b_down: (E, H).
         activation: swiglu, geglu, reglu, swiglu_oai (gated), silu, gelu, relu or relu_squared. gelu is the exact one;
@@ -65,6 +66,8 @@ def routed_experts(
     indices = (routing.token_index, routing.expert_index, routing.slots_per_token)
     options = (activation, gate_up_layout, backends.resolve(backend, x.device, x.dtype))
     if torch.is_grad_enabled() and needs_gradient(differentiable):
+        if routing.score.dtype not in validation.SCORE_DTYPES:
+            differentiable = (*differentiable[:5], routing.score.float())  # its gradient is summed in float32
         return _RoutedExperts.apply(*differentiable, indices, options, main_grads)
     return _forward(*differentiable, *indices, *options, False)[0]
 
@@ -139,7 +142,7 @@ def _forward(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
     score: torch.Tensor,
-    token_index: torch.Tensor,
+    token_index: torch.Tensor | None,
     expert_index: torch.Tensor,
     slots_per_token: int | None,
     activation: str,

@@ -66,7 +66,7 @@ def experts(
     for expert, slots in enumerate(_slots_by_expert(routing.expert_index, len(w_up))):
         if not len(slots):
             continue
-        tokens = routing.token_index[slots].long()
+        tokens = routing.tokens()[slots].long()
         leaves = {"x": x[tokens], "dscore": score[slots], "dw_up": w_up[expert], "dw_down": w_down[expert]}
         leaves |= {name: bias[expert] for name, bias in biases.items()}
         leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
@@ -125,7 +125,7 @@ def scores(logits: torch.Tensor, routing: Routing, *, scoring: str, renormalize:
     """
     num_experts = logits.shape[1]
     live = (routing.expert_index >= 0) & (routing.expert_index < num_experts)
-    tokens = torch.where(live, routing.token_index, 0).long()
+    tokens = torch.where(live, routing.tokens(), 0).long()
     slots = torch.where(live, routing.expert_index, 0).long()
     if not len(logits):
         return logits.new_zeros(len(slots)) + logits.sum()

@@ -103,8 +103,8 @@ def _is_sound(
     tokens, hidden_size = x.shape
     num_experts, _, intermediate_size = w_down.shape
     up_rows = intermediate_size * (2 if is_gated(activation) else 1)
-    token_index, expert_index, score, num_tokens, experts_routed, _ = routing
-    slots = token_index.shape
+    token_index, expert_index, score, num_tokens, experts_routed, k = routing
+    slots = expert_index.shape
     return (
         dtype in DTYPES
         and hidden_size >= 8
@@ -121,11 +121,15 @@ def _is_sound(
         and num_tokens == tokens
         and experts_routed == num_experts
         and len(slots) == 1
-        and expert_index.shape == score.shape == slots
-        and token_index.dtype in ID_DTYPES
+        and score.shape == slots
         and expert_index.dtype in ID_DTYPES
-        and score.dtype in SCORE_DTYPES
-        and token_index.device == expert_index.device == score.device == device
+        and (score.dtype in SCORE_DTYPES or score.dtype == dtype)
+        and expert_index.device == score.device == device
+        and (
+            (k is not None and num_tokens * k == slots[0])
+            if token_index is None
+            else (token_index.shape == slots and token_index.dtype in ID_DTYPES and token_index.device == device)
+        )
     )
 
 
@@ -172,13 +176,19 @@ def _check_routing(routing: Routing, x: torch.Tensor, tokens: int, num_experts: 
     for name, value, expected in (("num_tokens", routing.num_tokens, tokens), ("num_experts", routing.num_experts, num_experts)):
         if value != expected:
             raise ValueError(f"routing.{name}={value}: must be {expected}, as x and the weights have it")
-    slots = routing.token_index.shape
+    slots, k = routing.expert_index.shape, routing.slots_per_token
     for name in ("token_index", "expert_index", "score"):
         tensor = getattr(routing, name)
+        if tensor is None and name == "token_index":
+            if k is None:
+                raise ValueError("routing.token_index is None: must be a tensor where routing.slots_per_token is None")
+            continue
         if tensor.dim() != 1 or tensor.shape != slots:
-            raise ValueError(f"routing.{name} has shape {tuple(tensor.shape)}: must be (R,) as token_index {tuple(slots)}")
+            raise ValueError(f"routing.{name} has shape {tuple(tensor.shape)}: must be (R,) as expert_index {tuple(slots)}")
         if tensor.device != x.device:
             raise ValueError(f"routing.{name} is on {tensor.device}: must be on x's device {x.device}")
-        allowed = SCORE_DTYPES if name == "score" else ID_DTYPES
+        allowed = ID_DTYPES if name != "score" else (*SCORE_DTYPES, x.dtype)
         if tensor.dtype not in allowed:
-            raise TypeError(f"routing.{name} has dtype {tensor.dtype}: must be {allowed[0]} or {allowed[1]}")
+            raise TypeError(f"routing.{name} has dtype {tensor.dtype}: must be {' or '.join(map(str, dict.fromkeys(allowed)))}")
+    if routing.token_index is None and tokens * k != slots[0]:
+        raise ValueError(f"routing.slots_per_token={k}: must be the {slots[0]} slots of each of {tokens} tokens where token_index is None")

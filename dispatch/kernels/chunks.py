@@ -36,6 +36,22 @@ def slot_at(order: cute.Tensor | None, position: cutlass.Int32):
 
 
 @cute.jit
+def rank_in_warp(bin: cutlass.Int32, present: cutlass.Boolean, row: cute.Tensor):
+    """How many slots of the warp come before this lane's in the same bin: those of lower lanes, and what ``row`` (MAX_BINS,) counts.
+
+    ``row`` is shared memory of the warp's own, zeros at first; the present slots are added to it. Every lane calls it.
+    """
+    peers = cute.arch.match_sync(FULL_WARP, cutlass.select_(present, bin, cutlass.Int32(-1)))
+    below = peers & cute.arch.lanemask_lt()
+    so_far = row[bin]
+    cute.arch.sync_warp()
+    if present & (below == 0):
+        row[bin] = so_far + cutlass.Int32(cute.arch.popc(peers))
+    cute.arch.sync_warp()
+    return so_far + cutlass.Int32(cute.arch.popc(below))
+
+
+@cute.jit
 def block_scan(value: cutlass.Int32, warp_sums: cute.Tensor):
     """Sum of ``value`` over the threads before this one, and over all. Every thread calls it; ``warp_sums`` (WARPS,) is shared memory."""
     thread, _, _ = cute.arch.thread_idx()

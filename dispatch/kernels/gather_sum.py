@@ -6,7 +6,7 @@ that a warp reads 512 consecutive bytes of a row and no thread is idle at any H:
     thread -> (token, column)                    one 64-bit division a block, one 32-bit division a thread
     for each chunk of 8 slots, the rest by 4:    slots t*K .. t*K+K-1 (uniform) or token_slots[token_offsets[t] ..] (csr)
         row[8]    <- slot_to_row[slot]           4 bytes, the same for all of the token's threads: broadcast, then L1
-        weight[8] <- score[slot]                 likewise
+        weight[8] <- score[slot]                 likewise, 2 or 4 bytes
         value[8]  <- rows[row, column]           16 bytes each, all issued before the first is used; none where row < 0
         total[V] += weight[j] * value[j]         float32, j in slot order: the bits do not depend on the run
     o[token, column] <- total                    16 bytes, rounded once
@@ -59,7 +59,7 @@ def _add_chunk(
                 slot = token_slots[begin + j]
             row[j] = slot_to_row[slot]
             if cutlass.const_expr(score is not None):
-                weight[j] = score[slot]
+                weight[j] = cutlass.Float32(score[slot])
     load = cute.make_copy_atom(cute.nvgpu.CopyG2ROp(), rows.element_type, num_bits_per_copy=VECTOR_BITS)
     for j in cutlass.range_constexpr(count):
         present[j] = row[j] >= 0
@@ -139,14 +139,15 @@ def _gather_sum(
     )
 
 
-def trace(*, dtype: str, form: str, scored: bool) -> tuple:
+def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tuple:
     """What is compiled: ``(rows (R, H), score (R,) | None, slot_to_row (R,), token_offsets (T + 1,) | None, token_slots (R,) | None,
     out (T, H), K)``, with H a multiple of 8, all dense and the matrices aligned to 16 bytes.
 
     Args:
         dtype: of rows and out: bfloat16, float16 or float32.
         form: "uniform", every token has the K slots from t * K, or "csr", token_offsets and token_slots list them and K is ignored.
-        scored: whether there is a score, float32.
+        scored: whether there is a score.
+        score: its dtype: float32, bfloat16 or float16.
     """
     R, T, H = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=8)
     csr = form == "csr"
@@ -155,11 +156,11 @@ def trace(*, dtype: str, form: str, scored: bool) -> tuple:
         return make_fake_compact_tensor(_ELEMENT[dtype], (count, H), stride_order=(1, 0), assumed_align=16)
 
     def vector(element: type[cutlass.Numeric], count: cute.SymInt) -> cute.Tensor:
-        return make_fake_compact_tensor(element, (count,), assumed_align=4)
+        return make_fake_compact_tensor(element, (count,), assumed_align=element.width // 8)
 
     arguments = (
         matrix(R),
-        vector(cutlass.Float32, R) if scored else None,
+        vector(_ELEMENT[score], R) if scored else None,
         vector(cutlass.Int32, R),
         vector(cutlass.Int32, cute.sym_int()) if csr else None,
         vector(cutlass.Int32, R) if csr else None,

@@ -25,7 +25,7 @@ import cutlass
 from cutlass import cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from dispatch.kernels.chunks import FULL_WARP, WARPS, histogram_kernel, key_of, scan_bins, slot_at, sum_chunks
+from dispatch.kernels.chunks import WARPS, histogram_kernel, key_of, rank_in_warp, scan_bins, slot_at, sum_chunks
 from dispatch.kernels.sizes import ITEMS, MAX_BINS, THREADS, TILE
 
 _ELEMENT = {"int32": cutlass.Int32, "int64": cutlass.Int64}
@@ -47,20 +47,11 @@ def _rank_tile(key: cute.Tensor, rank: cute.Tensor, row: cute.Tensor, first: cut
     ``row`` (MAX_BINS,) is the warp's own, zeros before and the warp's counts after.
     """
     for j in cutlass.range_constexpr(ITEMS):
-        bin = (key[j] >> shift) & mask
-        present = first + 32 * j < end
-        peers = cute.arch.match_sync(FULL_WARP, cutlass.select_(present, bin, cutlass.Int32(-1)))
-        below = peers & cute.arch.lanemask_lt()
-        so_far = row[bin]
-        cute.arch.sync_warp()
-        if present & (below == 0):
-            row[bin] = so_far + cutlass.Int32(cute.arch.popc(peers))
-        cute.arch.sync_warp()
-        rank[j] = so_far + cutlass.Int32(cute.arch.popc(below))
+        rank[j] = rank_in_warp((key[j] >> shift) & mask, first + 32 * j < end, row)
 
 
 @cute.jit
-def _write_by_slot(slot, row, rows, slots_per_token):
+def write_by_slot(slot, row, rows, slots_per_token):
     """What the plan says of a slot at the slot's own place, or its token's."""
     _, _, slot_to_row, token_offsets, token_slots = rows
     slot_to_row[slot] = row
@@ -74,7 +65,7 @@ def _write_by_slot(slot, row, rows, slots_per_token):
 
 
 @cute.jit
-def _write_by_row(slot, destination, token_key, rows, slots_per_token):
+def write_by_row(slot, destination, token_key, rows, slots_per_token):
     """What the plan says of a row; ``slot`` is -1 in the tail."""
     row_to_slot, row_to_token, *_ = rows
     token = cutlass.Int32(-1)
@@ -171,7 +162,7 @@ def _place_kernel(
                 else:
                     routed = key[j] < size
                     staged_slot[tile_first[bin] + within] = cutlass.select_(routed, slot[j], cutlass.Int32(-1))
-                    _write_by_slot(slot[j], cutlass.select_(routed, destination, cutlass.Int32(-1)), rows, slots_per_token)
+                    write_by_slot(slot[j], cutlass.select_(routed, destination, cutlass.Int32(-1)), rows, slots_per_token)
         cute.arch.sync_threads()
         first += TILE
         _load_tile(index, order, slot, key, first, end, size)
@@ -181,7 +172,7 @@ def _place_kernel(
                 if cutlass.const_expr(order_out is not None):
                     order_out[staged_destination[item]] = staged_slot[item]
                 else:
-                    _write_by_row(staged_slot[item], staged_destination[item], token_key, rows, slots_per_token)
+                    write_by_row(staged_slot[item], staged_destination[item], token_key, rows, slots_per_token)
 
 
 @cute.jit

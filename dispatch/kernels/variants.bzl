@@ -13,10 +13,12 @@ VARIANTS = {
     "gather_sum": [
         "dispatch.gather_sum-dtype.bfloat16-form.csr-scored.false",
         "dispatch.gather_sum-dtype.bfloat16-form.csr-scored.true",
+        "dispatch.gather_sum-dtype.bfloat16-form.uniform-score.bfloat16-scored.true",
         "dispatch.gather_sum-dtype.bfloat16-form.uniform-scored.false",
         "dispatch.gather_sum-dtype.bfloat16-form.uniform-scored.true",
         "dispatch.gather_sum-dtype.float16-form.csr-scored.false",
         "dispatch.gather_sum-dtype.float16-form.csr-scored.true",
+        "dispatch.gather_sum-dtype.float16-form.uniform-score.float16-scored.true",
         "dispatch.gather_sum-dtype.float16-form.uniform-scored.false",
         "dispatch.gather_sum-dtype.float16-form.uniform-scored.true",
         "dispatch.gather_sum-dtype.float32-form.csr-scored.false",
@@ -37,5 +39,9 @@ VARIANTS = {
         "dispatch.place-index.int32-ordered.true-output.rows",
         "dispatch.place-index.int32-ordered.true-output.uniform",
         "dispatch.place-index.int64-ordered.false-output.uniform",
+    ],
+    "plan_few": [
+        "dispatch.plan_few-index.int32",
+        "dispatch.plan_few-index.int64",
     ],
 }

@@ -40,7 +40,9 @@ def test_operators_pass_the_checks_of_torch_library(slots_per_token: int | None)
     rows, score = torch.randn(12, 8, requires_grad=True), torch.rand(12, requires_grad=True)
     operators = torch.ops.sonicmoe_dispatch
     torch.library.opcheck(operators.count_cumsum.default, (expert, 5))
-    torch.library.opcheck(operators.plan.default, (token, expert, 4, 5, slots_per_token))
+    torch.library.opcheck(operators.plan.default, (expert, token, 4, 5, slots_per_token))
+    if slots_per_token is not None:
+        torch.library.opcheck(operators.plan.default, (expert, None, 4, 5, slots_per_token))
     indices = (p.slot_to_row, p.row_to_slot, p.row_to_token, p.token_offsets, p.token_slots, slots_per_token)
     torch.library.opcheck(operators.gather_sum.default, (rows, score, *indices))
     torch.library.opcheck(operators.gather_sum.default, (rows, None, *indices))

@@ -8,7 +8,7 @@ import torch
 import cute_runtime
 from cute_runtime import emulator
 from dispatch import gather_sum, plan
-from dispatch.gather_sum_hopper import gather_sum_hopper, supports
+from dispatch.gather_sum_hopper import gather_sum_hopper, reads, supports
 from dispatch.kernels import variants
 
 
@@ -43,6 +43,31 @@ def test_emulated_kernel_has_float64s_values_in_every_order(tokens, slots, hidde
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_emulated_kernel_reads_scores_of_16_bits_as_they_are(dtype):
+    """The bits of the same scores in float32; a sentinel's score may be anything."""
+    T, K, H = 37, 3, 72
+    generator = torch.Generator().manual_seed(K)
+    own = plan(None, torch.randint(-1, 5, (T, K), generator=generator), num_tokens=T, num_experts=4, slots_per_token=K)
+    rows = torch.randn(T * K, H, generator=generator).to(dtype)
+    score = torch.rand(T * K, generator=generator).to(dtype).masked_fill(own.slot_to_row < 0, float("nan"))
+    outs = []
+    for weights in (score, score.float()):
+        with emulator.emulation(seed=len(outs)):
+            outs.append(gather_sum(rows, weights, own, backend="hopper"))
+    want = gather_sum(rows.double(), score.double(), own)
+    torch.testing.assert_close(outs[0].double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    assert torch.equal(*outs)
+
+
+def test_scores_are_read_as_they_are_or_cast():
+    assert reads(torch.float32, torch.float16, False)
+    assert reads(torch.float16, torch.float16, True)
+    assert not reads(torch.float16, torch.float16, False)
+    assert not reads(torch.float16, torch.bfloat16, True)
+    assert not reads(torch.float64, torch.float32, True)
+
+
 def test_kernel_keeps_everything_in_registers(resources):
     assert not resources.uses_local_memory, resources
     assert resources.static_shared_bytes == 0
@@ -54,7 +79,7 @@ def test_four_blocks_of_256_threads_fit_on_a_multiprocessor(resources):
 
 def test_every_form_is_built_beforehand_once():
     names = [variant.name for variant in variants.prebuilt_variants() if variant.kernel == "dispatch.kernels.gather_sum"]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 14
     assert "dispatch.gather_sum-dtype.bfloat16-form.uniform-scored.true" in names
 
 

@@ -107,6 +107,18 @@ def test_edges_equal_brute_force(expert: list[int], slots_per_token: int | None)
     check(plan(token, expert, num_tokens=3, num_experts=4, slots_per_token=slots_per_token), token, expert)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_k_slots_a_token_need_no_tokens(dtype: torch.dtype) -> None:
+    expert = torch.tensor([[1, 0], [1, 2], [0, 1]], dtype=dtype)
+    sizes = {"num_tokens": 3, "num_experts": 2, "slots_per_token": 2}
+    want = plan(token_major(3, 2), expert.flatten(), **sizes)
+    strided = expert.T.contiguous().T
+    for ids in (expert.flatten(), expert, strided):
+        got = plan(None, ids, **sizes)
+        assert got[6:] == want[6:]
+        assert all(torch.equal(one, other) for one, other in zip(got[:6], want[:6], strict=True))
+
+
 def test_slots_whose_token_is_out_of_range_get_no_row() -> None:
     token, expert = torch.tensor([0, 2, -1, 2**32, 1]), torch.tensor([0, 0, 0, 0, 0])
     check(plan(token, expert, num_tokens=2, num_experts=1), token, expert)
@@ -175,6 +187,23 @@ def test_debug_switch_reports_slots_that_are_not_token_major() -> None:
         ({"num_tokens": -1}, ValueError, "num_tokens=-1: must be between 0 and"),
         ({"num_experts": 0}, ValueError, "num_experts=0: must be between 1 and"),
         ({"slots_per_token": 3}, ValueError, r"slots_per_token=3: num_tokens \* slots_per_token must equal the 4 slots, num_tokens is 2"),
+        ({"token_index": None}, ValueError, "token_index=None: must be a tensor where slots_per_token is None"),
+        (
+            {"token_index": None, "expert_index": torch.zeros(4, 1, dtype=torch.int32), "slots_per_token": 2},
+            ValueError,
+            r"expert_index: shape \(4, 1\): must be \(num_tokens, slots_per_token\) = \(2, 2\) or flat",
+        ),
+        (
+            {"token_index": None, "expert_index": torch.zeros(2, 2), "slots_per_token": 2},
+            TypeError,
+            "expert_index: dtype torch.float32: must be torch.int32 or torch.int64",
+        ),
+        (
+            {"token_index": None, "expert_index": torch.zeros(2, 1, 2, dtype=torch.int32), "slots_per_token": 2},
+            ValueError,
+            r"expert_index: shape \(2, 1, 2\): must have one dimension",
+        ),
+        ({"token_index": None, "slots_per_token": 3}, ValueError, r"slots_per_token=3: num_tokens \* slots_per_token must equal the 4"),
         ({"slots_per_token": 0}, ValueError, "slots_per_token=0: must be between 1 and"),
     ],
 )

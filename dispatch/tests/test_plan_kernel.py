@@ -16,7 +16,7 @@ from cute_runtime import emulator
 from dispatch import count_cumsum, count_hopper, plan, plan_hopper
 from dispatch.chunk_counts import MAX_SIZE
 from dispatch.kernels import variants
-from dispatch.kernels.sizes import MAX_BINS, THREADS
+from dispatch.kernels.sizes import FEW_SLOTS, MAX_BINS, THREADS
 
 REGISTERS_PER_MULTIPROCESSOR = 65536
 
@@ -29,6 +29,7 @@ def resources():
         "count": variants.count(index="int64", form="global"),
         "keys": variants.keys(index="int64", paired=True),
         "bounds": variants.bounds(),
+        "plan_few": variants.plan_few(index="int64"),
     }
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(lambda variant: cute_runtime.read_resources(emulator.compiled(variant).object), chosen.values())
@@ -36,7 +37,7 @@ def resources():
 
 
 def test_kernels_keep_everything_in_registers(resources):
-    assert [len(functions) for functions in resources.values()] == [2, 2, 1, 1]
+    assert [len(functions) for functions in resources.values()] == [2, 2, 1, 1, 1]
     for function in (function for functions in resources.values() for function in functions):
         assert not function.uses_local_memory, function
 
@@ -49,7 +50,7 @@ def test_second_launch_fits_beside_the_first(resources, kernel):
 
 def test_every_form_is_built_beforehand_once():
     names = [variant.name for variant in variants.prebuilt_variants()]
-    assert len(set(names)) == len(names) == 27
+    assert len(set(names)) == len(names) == 31
     assert {"dispatch.bounds", "dispatch.place-index.int64-ordered.false-output.uniform"} < set(names)
 
 
@@ -91,13 +92,35 @@ def test_emulated_count_of_few_experts_has_pytorchs_bits(slots, experts):
     assert_emulated(lambda backend: count_cumsum(draw(slots, experts, 2), experts, backend=backend), launches=2)
 
 
-@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (700, 3, 40), (1300, 4, MAX_BINS - 1)])
-def test_emulated_uniform_plan_has_pytorchs_bits(tokens, k, experts):
-    """Chunks of 2048 slots with tails; half of the experts empty, one with many rows."""
+@pytest.fixture
+def few_slots(monkeypatch):
+    """Sets how many slots one block plans."""
+
+    def choose(count: int) -> None:
+        monkeypatch.setattr(plan_hopper, "FEW_SLOTS", count)
+        plan_hopper.uniform_launch.cache_clear()
+
+    yield choose
+    plan_hopper.uniform_launch.cache_clear()
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (700, 3, 40), (FEW_SLOTS // 4, 4, MAX_BINS - 1)])
+def test_emulated_uniform_plan_has_pytorchs_bits(few_slots, tokens, k, experts, launches):
+    """Chunks of 2048 slots, or all slots by one block, with tails; half of the experts empty, one with many rows."""
+    few_slots(FEW_SLOTS if launches == 1 else 0)
     token, expert = torch.arange(tokens).repeat_interleave(k), draw(tokens * k, experts, 3) // 2 * 2
     expert[::5] = 0
     sizes = {"num_tokens": tokens, "num_experts": experts, "slots_per_token": k}
-    assert_emulated(lambda backend: plan(token, expert, **sizes, backend=backend), launches=2)
+    assert_emulated(lambda backend: plan(token, expert, **sizes, backend=backend), launches=launches)
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(FEW_SLOTS // 2, 1), (FEW_SLOTS // 2 + 1, 2)])
+def test_emulated_plan_of_a_routers_ids_takes_one_launch_if_they_are_few(tokens, launches):
+    """(T, K) ids of int32 without their tokens."""
+    expert = draw(tokens * 2, 60, 8).int().view(tokens, 2)
+    sizes = {"num_tokens": tokens, "num_experts": 60, "slots_per_token": 2}
+    assert_emulated(lambda backend: plan(None, expert, **sizes, backend=backend), launches=launches)
 
 
 def test_emulated_plan_of_slots_in_any_order_has_pytorchs_bits():
@@ -105,8 +128,11 @@ def test_emulated_plan_of_slots_in_any_order_has_pytorchs_bits():
     assert_emulated(lambda backend: plan(token, expert, num_tokens=500, num_experts=30, backend=backend), launches=6)
 
 
-@pytest.mark.parametrize("barrier", range(4))
-def test_emulated_histogram_or_placement_without_a_barrier_is_a_race(barrier):
+@pytest.mark.parametrize(("launches", "barrier"), [*((2, barrier) for barrier in range(4)), *((1, barrier) for barrier in (0, 1, 3, 4))])
+def test_emulated_plan_without_a_barrier_is_a_race(few_slots, launches, barrier):
+    """Of histogram or placement, or of the one launch, whose third only keeps a scan from the one before: there is none."""
+    few_slots(FEW_SLOTS if launches == 1 else 0)
+
     def edit(ptx: str) -> str:
         parts = re.split(r"bar\.sync\s+0;", ptx)
         return "bar.sync 0;".join(parts[: barrier + 1]) + " " + "bar.sync 0;".join(parts[barrier + 1 :])

@@ -29,7 +29,7 @@ def forward(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
     score: torch.Tensor,
-    token_index: torch.Tensor,
+    token_index: torch.Tensor | None,
     expert_index: torch.Tensor,
     slots_per_token: int | None,
     activation: str,
@@ -59,14 +59,14 @@ def forward(
     if pointers % 16 or not contiguous:
         check_matrices(x=x, w_up=stored_up, w_down=stored_down, b_up=b_up, b_down=b_down)
     device, slots = x.device, expert_index.shape[0]
+    if score.dtype != torch.float32 and not gather_sum_hopper.reads(score.dtype, x.dtype, slots_per_token is not None):
+        score = score.float()
     launch = _forward_launch(
-        *(x.shape, w_up.shape, slots, slots_per_token, x.dtype, expert_index.dtype, device),
+        *(x.shape, w_up.shape, slots, slots_per_token, x.dtype, expert_index.dtype, score.dtype, device),
         *(activation, gate_up_layout, store_z, b_up is not None, b_down is not None, up_transposed, down_transposed),
     )
     if launch is None or debug.enabled():
         return None
-    if score.dtype != torch.float32:
-        score = score.float()
     score, expert_index = score.contiguous(), expert_index.contiguous()
     with cute_runtime.on_device(device):
         if launch.plan is not None:
@@ -107,6 +107,7 @@ def _forward_launch(
     slots_per_token: int | None,
     dtype: torch.dtype,
     index: torch.dtype,
+    score: torch.dtype,
     device: torch.device,
     activation: str,
     gate_up_layout: str,
@@ -128,7 +129,7 @@ def _forward_launch(
         plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
         up,
         _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed),
-        gather_sum_hopper.kernel(dtype, uniform, True),
+        gather_sum_hopper.kernel(dtype, uniform, score),
         (slots, reduced),
         (slots, width),
         (slots, hidden),

@@ -91,14 +91,10 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_up, w_down, b_up, b_down = (None if tensor is None else tensor.to(dtype) for tensor in (x, w_up, w_down, b_up, b_down))
     scores = top_k_weights.reshape(-1)
-    routing = Routing(
-        torch.arange(tokens, device=x.device, dtype=torch.int32).repeat_interleave(k, output_size=tokens * k),
-        top_k_index.reshape(-1).to(torch.int32),
-        scores if scores.dtype == torch.float64 else scores.float(),
-        num_tokens=tokens,
-        num_experts=w_down.shape[0],
-        slots_per_token=k,
-    )
+    if scores.dtype not in (torch.float32, torch.float64, x.dtype):
+        scores = scores.float()
+    sizes = {"num_tokens": tokens, "num_experts": w_down.shape[0], "slots_per_token": k}
+    routing = Routing(None, top_k_index.reshape(-1), scores, **sizes)
     out = routed_experts(x, w_up, w_down, routing, b_up=b_up, b_down=b_down, activation=activation, gate_up_layout=layout)
     return out.to(hidden_states.dtype)
 

@@ -59,10 +59,10 @@ def plan_sends(routing: Routing, *, processes: int, chunks: int) -> Sends:
         processes: W.
         chunks: C.
     """
-    device, tokens = routing.token_index.device, routing.num_tokens
+    device, tokens = routing.expert_index.device, routing.num_tokens
     own = routing.num_experts // processes
     expert = routing.expert_index.long()
-    token = routing.token_index.long()
+    token = routing.tokens().long()
     live = (expert >= 0) & (expert < routing.num_experts) & (token >= 0) & (token < tokens)
     ends = torch.arange(1, chunks + 1, device=device) * tokens // chunks
     chunk = torch.searchsorted(ends, token, right=True)
@@ -70,7 +70,7 @@ def plan_sends(routing: Routing, *, processes: int, chunks: int) -> Sends:
     bucket = torch.where(live, chunk * processes + expert // own, buckets)
     # The plan sorts by bucket, token and slot; its rows in use come first.
     shape = {"num_tokens": tokens, "num_experts": buckets, "slots_per_token": routing.slots_per_token}
-    plan = dispatch.plan(routing.token_index.int(), bucket.int(), **shape)
+    plan = dispatch.plan(token.int(), bucket.int(), **shape)
     rows = torch.arange(expert.shape[0], device=device)
     in_use = rows < plan.offsets[-1]
     slot = torch.where(in_use, plan.row_to_slot, 0).long()

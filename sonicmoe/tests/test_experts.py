@@ -298,6 +298,23 @@ def test_second_derivatives_are_refused():
         dx.sum().backward()
 
 
+def test_a_routers_ids_and_scores_are_taken_as_they_are():
+    """Without tokens, in int64 and bfloat16: the bits of the same written out in float32, in values and gradients."""
+    inputs = make_inputs(5, tokens=3, dtype=torch.bfloat16)
+    score = torch.rand(6, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    ids = torch.tensor([1, 4, -1, 1, 3, 2])
+    routing = Routing(None, ids, score, num_tokens=3, num_experts=5, slots_per_token=2)
+    written_out = routing._replace(token_index=routing.tokens(), expert_index=ids.int(), score=score.float())
+    assert routing.tokens().tolist() == [0, 0, 1, 1, 2, 2]
+    results = []
+    for one in (routing, written_out):
+        out = call(*inputs, one.score, routing=one)
+        with torch.no_grad():
+            assert torch.equal(out, call(*inputs, one.score, routing=one))
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), [*inputs, score])))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_autocast_does_not_reach_inside():
     routing = ROUTINGS["all_rows_to_one_expert"]
     routing = routing._replace(score=routing.score.detach().float())
@@ -334,6 +351,12 @@ BAD = {
     "num_experts": (lambda a: a.update(routing=GOOD._replace(num_experts=2)), ValueError, r"routing.num_experts=2: must be 3"),
     "score_shape": (lambda a: a.update(routing=GOOD._replace(score=torch.ones(3))), ValueError, r"routing.score has shape \(3,\)"),
     "score_dtype": (lambda a: a.update(routing=GOOD._replace(score=torch.ones(4).half())), TypeError, r"routing.score has dtype torch.f"),
+    "no_tokens": (lambda a: a.update(routing=GOOD._replace(token_index=None)), ValueError, "routing.token_index is None: must be a tensor"),
+    "no_tokens_k": (
+        lambda a: a.update(routing=GOOD._replace(token_index=None, slots_per_token=2)),
+        ValueError,
+        r"routing.slots_per_token=2: must be the 4 slots of each of 4 tokens",
+    ),
     "index_dtype": (lambda a: a.update(routing=GOOD._replace(token_index=torch.ones(4))), TypeError, r"routing.token_index has dtype"),
 }
 

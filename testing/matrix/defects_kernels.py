@@ -77,7 +77,7 @@ KERNEL_DEFECTS = {
         "count/e50000",
     ),
     "kernel: slots of a warp placed backwards": SourceDefect(
-        "dispatch/kernels/place.py", "below = peers & cute.arch.lanemask_lt()", "below = peers & cute.arch.lanemask_gt()", "tokens/t129"
+        "dispatch/kernels/chunks.py", "below = peers & cute.arch.lanemask_lt()", "below = peers & cute.arch.lanemask_gt()", "tokens/t129"
     ),
     "kernel: the higher expert wins a tie": SourceDefect(
         "routing/kernels/top_k.py",

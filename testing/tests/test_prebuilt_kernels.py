@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from itertools import product
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from testing.matrix.route import route
 
 MATRIX = load_matrix()
 CACHES = (
-    *(plan_hopper.uniform_launch, plan_hopper._load_place, plan_hopper._load_keys, plan_hopper._load_bounds, count_hopper._kernel),
+    *(plan_hopper.uniform_launch, plan_hopper._load_plan_few, plan_hopper._load_place, plan_hopper._load_keys, plan_hopper._load_bounds),
     *(gather_sum_hopper.kernel, top_k_hopper._kernel, rounding_hopper._kernel, scores_hopper._scores_kernel, scores_hopper._grad_kernel),
-    chunk_counts.multiprocessors,
+    *(chunk_counts.multiprocessors, count_hopper._kernel),
 )
 
 
@@ -50,12 +51,12 @@ def experts_of(spec):
     return {cell.experts if isinstance(cell, RoutingCell) else cell.thiek.E for cell in cells}
 
 
-def route_plan_and_sum(spec, experts):
-    """As a layer and the checks of its routing do, on 300 tokens."""
-    logits = torch.zeros(300, experts, requires_grad=True)
+def route_plan_and_sum(spec, experts, tokens):
+    """As a layer and the checks of its routing do."""
+    logits = torch.zeros(tokens, experts, requires_grad=True)
     bias = torch.zeros(experts) if spec.selection_bias else None
     routed = route(logits, 4, spec, bias, 0)
-    sizes = {"num_tokens": 300, "num_experts": experts, "slots_per_token": routed.slots_per_token}
+    sizes = {"num_tokens": tokens, "num_experts": experts, "slots_per_token": routed.slots_per_token}
     plan = dispatch.plan(routed.token_index, routed.expert_index, **sizes)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rows = torch.zeros(routed.score.shape[0], 16, dtype=dtype)
@@ -69,11 +70,11 @@ def test_every_routing_of_the_matrix_finds_its_kernels(loaded):
     routings = {cell.routing for cell in MATRIX.cells if isinstance(cell, LayerCell | RoutingCell | SpeedCell)}
     assert len(routings) > 15
     for spec in routings:
-        for experts in experts_of(spec):
-            route_plan_and_sum(spec, experts)
-            assert loaded - built == set(), (spec.name, experts)
+        for experts, tokens in product(experts_of(spec), (300, 1100)):
+            route_plan_and_sum(spec, experts, tokens)
+            assert loaded - built == set(), (spec.name, experts, tokens)
     kernels = {variant.kernel for variant in loaded}
-    assert len(kernels) == 11, "five of dispatch and six of routing: an empty list does not pass"
+    assert len(kernels) == 12, "six of dispatch and six of routing: an empty list does not pass"
     assert len(loaded) > 30
 
 
