@@ -219,7 +219,7 @@ def _up_launch(
         return None, columns
     _check_reach(rows, w_up=width * hidden)
     variant = variants.up_projection(
-        tile=up_tile(rows=rows, experts=experts),
+        tile=up_tile(rows=rows, experts=experts, store_z=store_z),
         dtype=DTYPES[dtype],
         activation=activation,
         interleaved=gated and gate_up_layout == "interleaved",

@@ -3,7 +3,7 @@
 from itertools import product
 
 from cute_runtime import Variant
-from sonicmoe.kernels.tiles import BROAD, PAIR, SQUARE, TALL, WIDE, Tile
+from sonicmoe.kernels.tiles import BROAD, PAIR, SMALL, SQUARE, TALL, WIDE, Tile
 
 
 def _stored(transposed: bool) -> dict[str, bool]:
@@ -80,7 +80,8 @@ def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool
     """All that a layer with these options can load, whatever its sizes, in inference and in training of all its parameters."""
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved}
     up = [up_projection(tile=tile, **layer, store_z=store_z, bias=bias) for tile, store_z in product((TALL, PAIR), (True, False))]
-    down = [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (TALL, BROAD, SQUARE)]
+    up.append(up_projection(tile=SMALL, **layer, store_z=False, bias=bias))
+    down = [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (SMALL, TALL, BROAD, SQUARE)]
     results = {"dz": True, "dscore": True, "scaled_a": True}
     backward = [activation_backward(tile=tile, **layer, **results) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
     weights = _weight_grads(dtype=dtype, add=False)

@@ -29,7 +29,7 @@ from sonicmoe import timing
 from sonicmoe.activations import activate, activation_gradient
 from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SLIM, SQUARE, TALL, WIDE, Tile
+from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SLIM, SMALL, SQUARE, TALL, WIDE, Tile
 from sonicmoe.thiek import Thiek
 from testing.measure.clock import effort
 from testing.measure.items import Bound, Item, Options, broken, cell, size_text
@@ -54,9 +54,9 @@ LARGEST_ERROR = 4e-3
 
 
 class Data:
-    """One shape's tensors, all of which a training step holds too."""
+    """One shape's tensors, all of which a training step holds too; with ``weights`` (w_up, w_down) of another's."""
 
-    def __init__(self, thiek: Thiek, options: Options) -> None:
+    def __init__(self, thiek: Thiek, options: Options, weights: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         T, H, I, E, K = self.thiek = thiek
         device = options.device
         self.operations = hopper if options.backend == "hopper" else reference
@@ -69,7 +69,7 @@ class Data:
         self.plan = dispatch.plan(routing.token_index, routing.expert_index, num_tokens=T, num_experts=E, slots_per_token=K)
         self.score = routing.score
         self.x, self.dout = normal(T, H), normal(T, H)
-        self.w_up, self.w_down = normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)
+        self.w_up, self.w_down = weights or (normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5))
         self.z, self.dz, self.a = normal(T * K, 2 * I), normal(T * K, 2 * I), normal(T * K, I)
         self.y = normal(T * K, H)
 
@@ -163,7 +163,7 @@ KERNELS = (
         lambda t: _weights(t, 2 * t.I, t.T * t.H + t.rows * t.I),
         hopper,
         "up_tile",
-        (TALL, PAIR, WIDE, LONE),
+        (TALL, PAIR, WIDE, LONE, SMALL),
         _up_variant(False),
     ),
     Kernel(
@@ -175,7 +175,7 @@ KERNELS = (
         lambda t: _weights(t, t.I, t.rows * (t.I + t.H)),
         hopper,
         "down_tile",
-        (TALL, BROAD, SQUARE, WIDE),
+        (TALL, BROAD, SQUARE, WIDE, SMALL),
         lambda tile: [variants.down_projection(tile=tile, dtype="bfloat16", bias=False)],
     ),
     Kernel(
@@ -295,7 +295,7 @@ def bound(kernel: Kernel, thiek: Thiek, device: torch.device) -> timing.Variant:
 
 
 @functools.cache
-def _machine(options: Options) -> tuple[float, float]:
+def machine(options: Options) -> tuple[float, float]:
     """(FLOPs, bytes) that the device reaches a millisecond in this run."""
     size, count = (64, 2**16) if options.quick else (8192, 2**30)
     left, right = (torch.randn(size, size, device=options.device).bfloat16() for _ in range(2))
@@ -334,7 +334,7 @@ def _measure(
     """A cell for each tile; one that cannot be run is a failed cell with its reason, and the others still run."""
     own, (columns, reduced) = data(thiek, options), kernel.products(thiek)
     flops, moved = 2.0 * thiek.rows * columns * reduced, kernel.bytes(thiek)
-    flops_per_ms, bytes_per_ms = _machine(options)
+    flops_per_ms, bytes_per_ms = machine(options)
     floor_ms = max(flops / flops_per_ms, moved / bytes_per_ms)
     names = {f"{name}/{tile.name}": tile for tile in tiles} or {name: None}
     cells, runs, errors = [], {}, {}

@@ -13,7 +13,7 @@ from routing import RouterConfig
 from sonicmoe import devices
 from sonicmoe.backends import reference
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
-from testing.measure import memory, registry, run, start, step
+from testing.measure import decode, memory, registry, run, start, step
 from testing.measure.__main__ import main
 from testing.measure.items import MEASURED, TINY, TINY_TILE, Bound, Item, Options, cell, differing
 
@@ -250,12 +250,34 @@ def test_where_there_is_no_compiler_a_compiling_start_is_not_run(monkeypatch):
     ]
 
 
+def test_decode_steps_have_rows_of_their_own_and_one_layers_weights():
+    steps = decode.make_steps(TINY._replace(T=2), QUICK)
+    assert len(steps) == 8
+    assert len({data.w_up.data_ptr() for data in steps} | {data.w_down.data_ptr() for data in steps}) == 2
+    assert len({tuple(data.plan.row_to_slot.tolist()) for data in steps}) > 1
+    assert not any(torch.equal(steps[0].x, data.x) for data in steps[1:])
+
+
+@pytest.mark.parametrize("kernel", decode.PROJECTIONS, ids=lambda kernel: kernel.name)
+def test_decode_is_timed_beside_the_floor_of_the_experts_with_rows(kernel):
+    thiek = TINY._replace(T=2, E=64)
+    cells = decode.measure(kernel, thiek, decode.make_steps, kernel.tiles[-2:], QUICK, "tiles/decode/it")
+    assert [one["name"] for one in cells] == [f"tiles/decode/it/{tile.name}" for tile in kernel.tiles[-2:]]
+    for one in cells:
+        assert one["status"] == PASSED
+        assert 1 <= one["experts_with_rows"] <= thiek.rows
+        assert one["floor_share"] == one["floor_ms"] / one["ms"] > 0
+
+
 def test_full_sizes_are_those_of_the_issues():
     names = {item.name for name in registry.SUITES for item in registry.load(name).items(FULL)}
     assert {f"dispatch/count_cumsum/{slots}-{experts}-{dtype}/{how}" for slots in (262144, 2097152) for experts in (128, 50000)
             for dtype in ("int32", "int64") for how in ("eager", "graph")} <= names  # fmt: skip
     assert {"memory/peak/24576-1536-256-128-8", "memory/peak/32768-4096-256-256-16"} <= names
     assert len([name for name in names if name.startswith("memory/saved-by-layer")]) == 5
+    decoded = [name.split("/")[3] for name in names if name.startswith("tiles/decode/")]
+    assert len(decoded) == 2 * 9
+    assert {"1-4096-14336-8-2", "8-2048-768-128-8", "64-2880-2880-32-4"} <= set(decoded)
 
 
 @pytest.mark.parametrize(
