@@ -242,26 +242,28 @@ KERNELS = (
 )
 
 
-def _forget_launches() -> None:
-    """The forward's host half remembers which kernel a size has, and so which tile."""
-    for launch in (hopper._up_launch, hopper._down_launch, hopper._forward_launch):
-        launch.cache_clear()
-
-
 @contextlib.contextmanager
 def using(kernel: Kernel, tile: Tile | None) -> Iterator[None]:
     """The kernel's host half takes ``tile`` whatever the shape; None leaves it the rule of the table."""
     if tile is None:
         yield
         return
-    rule = getattr(kernel.tile_module, kernel.tile_rule)
-    setattr(kernel.tile_module, kernel.tile_rule, lambda **sizes: tile)
-    _forget_launches()
+    replaced = {kernel.tile_rule: lambda **sizes: tile, **_choices(kernel.tile_module, tile)}
+    before = {name: getattr(kernel.tile_module, name) for name in replaced}
+    for name, replacement in replaced.items():
+        setattr(kernel.tile_module, name, replacement)
     try:
         yield
     finally:
-        setattr(kernel.tile_module, kernel.tile_rule, rule)
-        _forget_launches()
+        for name, original in before.items():
+            setattr(kernel.tile_module, name, original)
+
+
+@functools.cache
+def _choices(module: types.ModuleType, tile: Tile) -> dict[str, Callable]:
+    """The functions in which a host half keeps a tile's choice by sizes, with a memory of this tile's own."""
+    kept = [name for name in ("_up_launch", "_down_launch") if hasattr(module, name)]
+    return {name: functools.lru_cache(maxsize=1024)(getattr(module, name).__wrapped__) for name in kept}
 
 
 def error_of(kernel: Kernel, data: Data, seed: int) -> float:

@@ -1,19 +1,24 @@
 """The suites of testing.measure at tiny sizes on a CPU: real values, planted defects that must fail, and what a process's start tells."""
 
+import contextlib
 import json
 import math
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import cute_runtime
 import dispatch
+from cute_runtime import checks
+from dispatch import chunk_counts
 from routing import RouterConfig
 from sonicmoe import devices
-from sonicmoe.backends import reference
+from sonicmoe.backends import hopper, hopper_backward, reference
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
-from testing.measure import decode, memory, registry, run, start, step
+from testing.measure import decode, kernels, memory, registry, run, start, step
 from testing.measure.__main__ import main
 from testing.measure.items import MEASURED, TINY, TINY_TILE, Bound, Item, Options, cell, differing
 
@@ -248,6 +253,36 @@ def test_where_there_is_no_compiler_a_compiling_start_is_not_run(monkeypatch):
     assert run.run_item(item) == [
         {"name": "start/compiled", "mode": "compiled", "status": NOT_RUN, "passed": None, "why": "nvidia-cutlass-dsl is not installed"}
     ]
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in kernels.KERNELS if kernel.tiles], ids=lambda kernel: kernel.name)
+def test_each_tile_is_the_one_that_runs(monkeypatch, kernel):
+    """Asked of the host halves, with kernels that do nothing: also where a tile is chosen once for a shape."""
+    loaded = []
+
+    def load(variant):
+        return lambda *_: loaded.append(variant.params.get("tile"))
+
+    for place, name, value in (
+        (cute_runtime, "load", load),
+        (cute_runtime, "on_device", lambda device: contextlib.nullcontext()),
+        *((module, "is_supported_device", lambda device: True) for module in (cute_runtime, checks)),
+        (torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132)),
+    ):
+        monkeypatch.setattr(place, name, value)
+    caches = (chunk_counts.multiprocessors, hopper._up_launch, hopper._down_launch, hopper_backward._kernel, kernels._choices)
+    for cache in caches:
+        cache.cache_clear()
+    data = kernels.Data(TINY, QUICK)
+    data.operations = hopper
+    for tile in (None, *kernel.tiles, None):
+        with kernels.using(kernel, tile):
+            kernel.run(data)
+    for cache in caches:
+        cache.cache_clear()
+    rule, *tiles, again = [name for name in loaded if name is not None]
+    assert tiles == [tile.name for tile in kernel.tiles]
+    assert rule == again
 
 
 def test_decode_steps_have_rows_of_their_own_and_one_layers_weights():
