@@ -77,6 +77,7 @@ def launch(
             None if uniform else token_slots,
             out,
             slots_per_token if uniform else 0,
+            0,
         )
     return out
 
@@ -88,7 +89,7 @@ def reads(score: torch.dtype, rows: torch.dtype, uniform: bool) -> bool:
 
 @functools.cache
 def kernel(dtype: torch.dtype, uniform: bool, score: torch.dtype | None) -> Callable[..., None]:
-    """The kernel as it is launched: (rows, score | None, slot_to_row, token_offsets | None, token_slots | None, out, K).
+    """The kernel as it is launched: (rows, score | None, slot_to_row, token_offsets | None, token_slots | None, out, K, dependent).
 
     Args:
         score: its dtype, one that :func:`reads` allows, or None without a score.

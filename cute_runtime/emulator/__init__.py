@@ -3,13 +3,13 @@
     from cute_runtime import emulator
 
     y = torch.full((R, H), float("nan"), dtype=torch.bfloat16)
-    statistics = emulator.launch(variants.down_projection(tile=BROAD, dtype="bfloat16", bias=False), a, w_down, None, offsets, y, 4)
+    statistics = emulator.launch(variants.down_projection(tile=BROAD, dtype="bfloat16", bias=False), a, w_down, None, offsets, y, 4, 0)
 
-The arguments are CPU tensors and numbers in the order of the kernel's ``trace``; the last number of a grouped GEMM is the number of
-blocks. The first use of a variant compiles it and keeps PTX and host stub in the cache on disk. ``seed=`` chooses another order of
-warps and other moments at which asynchronous work completes: a correct kernel gives the same bits for every seed. A data race, a
-missing fence, a deadlock, an address outside the tensors is an :class:`EmulationError` that names the line of PTX. docs/emulator.md
-says what is emulated and what is not.
+The arguments are CPU tensors and numbers in the order of the kernel's ``trace``; the numbers here are the blocks, and that no launch
+before is still under way. The first use of a variant compiles it and keeps PTX and host stub in the cache on disk. ``seed=`` chooses
+another order of warps and other moments at which asynchronous work completes: a correct kernel gives the same bits for every seed. A
+data race, a missing fence, a deadlock, an address outside the tensors is an :class:`EmulationError` that names the line of PTX.
+docs/emulator.md says what is emulated and what is not.
 """
 
 from cute_runtime.emulator.host import emulation

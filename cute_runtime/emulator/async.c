@@ -19,6 +19,7 @@ static struct operation *issue(struct warp *warp, const struct instruction *in, 
     operation->kind = kind, operation->lanes = lanes, operation->line = in->line;
     operation->warp = warp, operation->instruction = in;
     operation->group = OPEN_GROUP;
+    operation->waited = waited_before(warp);
     operation->clock = ++warp->issued[agent];
     engine.operations[engine.operation_count++] = operation;
     return operation;
@@ -52,8 +53,12 @@ static void complete(s32 number) {
             arrive_from(barrier, 1, 0, component(warp, COPY), operation->clock);
         }
         break;
-    case TILE_LOAD: load_tile(operation); break;
-    case TILE_STORE: store_tile(operation); break;
+    case TILE_LOAD: case TILE_STORE:
+        engine.completing = operation;
+        if (operation->kind == TILE_LOAD) load_tile(operation);
+        else store_tile(operation);
+        engine.completing = NULL;
+        break;
     default:
         if (!operation->done) multiply(operation);
         operation->done = true; /* kept until it is waited for */
@@ -229,8 +234,11 @@ bool asynchronous(struct warp *warp, struct split *split, const struct instructi
     return true;
 }
 
-/* A warp has ended, perhaps its block: nothing may still act for it on shared memory. */
+/* A warp has ended, perhaps its block: nothing may still act for it on shared memory, and what comes behind this launch must find that the
+ * one before it has ended too. */
 void check_exit(struct warp *warp) {
+    if (engine.launch->overlaps && engine.launch->check_races && !warp->block->live && !warp->block->waiter)
+        fail("the block ends without a griddepcontrol.wait, so that this launch may end before the one before it");
     for (s32 i = 0; i < engine.operation_count; i++) {
         const struct operation *operation = engine.operations[i];
         if (operation->warp == warp && operation->kind == MATRIX_PRODUCT)

@@ -290,7 +290,10 @@ bool synchronise(struct warp *warp, struct split *split, const struct instructio
         release_clock(warp);
         return true;
     case OP_fence_device: warp->block->cluster->acquires = true; return true;
-    case OP_grid_wait: warp->block->waited = true; return true;
+    case OP_grid_wait:
+        warp->waited = true;
+        if (!warp->block->waiter) warp->block->waiter = warp, warp->block->waited_clock = warp->clocks[component(warp, SELF)];
+        return true;
     default: /* fence_mbarrier_init */
         for (s32 i = 0; i < warp->block->shared_bytes >> 3; i++) {
             struct mbarrier *barrier = warp->block->mbarriers[i];

@@ -134,13 +134,15 @@ struct warp {
     u32 synced_clock;   /* of SELF, at that barrier */
     u32 cluster_phase;  /* of barrier.cluster, at the last arrival; + 1 */
     bool yields;        /* has polled in vain */
+    bool waited;        /* for the launch before */
     u64 instructions;
 };
 
 struct block {
     struct cluster *cluster;
     s32 index[3], rank, live;
-    bool waited; /* for the launch before */
+    const struct warp *waiter; /* the first warp that has waited for the launch before, and its clock then */
+    u32 waited_clock;
     u8 *shared;
     s32 shared_bytes;
     struct word *words;
@@ -168,6 +170,7 @@ struct operation {
     u8 bytes, source_bytes[LANES];
     u32 lanes, clock, group;
     s32 line;
+    bool waited; /* its warp, for the launch before, when it was issued */
     struct warp *warp;
     const struct instruction *instruction;
     u64 source[LANES];
@@ -192,6 +195,7 @@ struct engine {
     s32 cluster_count;
     u64 *waiting; /* numbers of clusters that have not started, in random order */
     u64 waiting_count;
+    const struct operation *completing;
     struct operation **operations;
     s32 operation_count, operation_capacity;
     u32 eagerness; /* of 256: how often something asynchronous completes before it must */
@@ -225,6 +229,7 @@ static inline float bfloat_to_float(u16 value) {
 struct block *block_of(struct warp *warp, u32 *shared_address);
 u8 *shared_bytes(struct block *block, u32 address, u32 size);
 u8 *global_bytes(u64 address, u32 size, enum access access);
+bool waited_before(const struct warp *warp); /* whether the launch before has ended for it: it, or one that it has heard of, has waited */
 u8 *memory_bytes(struct warp *warp, s32 lane, enum space space, u64 address, u32 size, enum access access);
 void note_read(struct warp *warp, struct block *block, u32 address, u32 size, enum agent agent, u32 clock, bool allow_unwritten);
 void note_write(struct warp *warp, struct block *block, u32 address, u32 size, enum agent agent, u32 clock, bool atomic);

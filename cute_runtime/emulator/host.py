@@ -18,7 +18,8 @@ _active: dict[str, Any] | None = None
 def emulation(*, seed: int = 0, multiprocessors: int = 4, **options: Any) -> Iterator[list[Statistics]]:
     """Within it the host halves of kernels take CPU tensors: ``dispatch.plan(..., backend="hopper")`` runs as on a GPU, emulated.
 
-    Not for several threads at once. A kernel's function that was loaded outside, or is kept beyond, is what it was there.
+    Not for several threads at once; all launches are on one stream. A kernel's function that was loaded outside, or is kept beyond, is
+    what it was there.
 
     Args:
         seed: of every launch, see :func:`cute_runtime.emulator.launch`.
@@ -46,7 +47,7 @@ def emulation(*, seed: int = 0, multiprocessors: int = 4, **options: Any) -> Ite
     def properties(device: Any = None) -> Any:
         return types.SimpleNamespace(multi_processor_count=multiprocessors) if is_cpu(device) else real_properties(device)
 
-    previous, _active = _active, {"statistics": statistics, "options": {"seed": seed, **options}}
+    previous, _active = _active, {"statistics": statistics, "options": {"seed": seed, "history": [], **options}}
     try:
         with contextlib.ExitStack() as patches:
             for target, name, replacement in (

@@ -30,16 +30,22 @@ u8 *shared_bytes(struct block *block, u32 address, u32 size) {
     return block->shared + address;
 }
 
+bool waited_before(const struct warp *warp) {
+    const struct block *block = warp->block;
+    return warp->waited || (block->waiter && warp->clocks[component(block->waiter, SELF)] >= block->waited_clock);
+}
+
 /* Between clusters of a launch there is no barrier: what one writes plainly, no other may touch, unless it acquires. */
 static void note_global(const struct region *region, u64 address, u32 size, enum access access) {
     const struct block *block = engine.current->block;
     const char *verb = access == READ ? "reads" : "writes";
     s32 tensor = (s32)(region - engine.launch->regions);
     u32 own = block->cluster->number + 1;
+    bool early = engine.launch->overlaps && !(engine.completing ? engine.completing->waited : waited_before(engine.current));
     for (u64 i = (address - region->base) >> 2; i <= (address + size - 1 - region->base) >> 2; i++) {
         u32 writer = region->writer[i], other = writer & ~ATOMIC_WRITE;
         bool both_atomic = access == ATOMIC && writer & ATOMIC_WRITE;
-        if (engine.launch->overlaps && !block->waited && region->before[i])
+        if (early && region->before[i])
             fail("%s {tensor %d} at byte %llu, which the launch before writes, without a griddepcontrol.wait before", verb, tensor,
                  (unsigned long long)i * 4);
         if (other && other != own && !both_atomic && !block->cluster->acquires && size >= 4)

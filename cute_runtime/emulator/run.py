@@ -16,7 +16,7 @@ from cute_runtime.emulator.lower import lower
 from cute_runtime.emulator.objects import compiled, core_file
 from cute_runtime.emulator.program import Program
 from cute_runtime.emulator.ptx import PTXError, parse
-from cute_runtime.emulator.tensors import Region, as_device_tensor, is_tensor, region_of
+from cute_runtime.emulator.tensors import Region, Written, as_device_tensor, is_tensor, marks_of, region_of
 from cute_runtime.objects import FUNCTION
 from cute_runtime.variant import Variant
 
@@ -108,6 +108,7 @@ def launch(
     resident: int = 4,
     check_races: bool = True,
     edit: Callable[[str], str] | None = None,
+    history: list[Written] | None = None,
 ) -> list[Statistics]:
     """Runs a variant's host stub and all that it launches, in order; outputs are in the tensors given.
 
@@ -118,6 +119,7 @@ def launch(
         resident: clusters that run at the same time.
         check_races: whether unordered accesses to shared memory are errors. Without, they show in values, with some seeds.
         edit: changes the PTX first; for planting defects.
+        history: what the launches before on the same stream have written that a dependent launch must wait for; this one's take its place.
 
     Returns:
         One Statistics a launch.
@@ -139,11 +141,14 @@ def launch(
             argument = as_device_tensor(argument)
         passed.append(argument)
     captured = _capture(files.stub, programs, passed)
-    written = [region.marks() for region in regions]
+    history = [] if history is None else history
     statistics = []
     for one in captured:
-        before, written = written, [region.marks() for region in regions]
+        if not one.overlaps:
+            history.clear()  # it starts when all before it have ended
+        before, written = [marks_of(region, history) for region in regions], [region.marks() for region in regions]
         statistics.append(_run(programs[one.kernel], text, one, regions, before, written, seed, resident, check_races))
+        history += map(Written, regions, written)
     return statistics
 
 
@@ -157,9 +162,10 @@ def run_ptx(
     seed: int = 0,
     resident: int = 4,
     check_races: bool = True,
+    history: list[Written] | None = None,
 ) -> Statistics:
-    """Runs the one kernel of a PTX text. A tensor becomes the address of its data, ``bytes`` (a tensor map) themselves, a number what
-    its parameter holds.
+    """Runs the one kernel of a PTX text, with ``history`` as a dependent launch, see :func:`launch`. A tensor becomes the address of its
+    data, ``bytes`` (a tensor map) themselves, a number what its parameter holds.
 
     Raises:
         EmulationError, PTXError: see :func:`launch`.
@@ -179,9 +185,9 @@ def run_ptx(
         at = program.param_offsets[param.name]
         params[at : at + len(raw)] = raw
     sizes = [tuple([*shape, 1, 1][:3]) for shape in (grid, block, cluster)]
-    captured = Captured(program.kernel.name, *sizes, dynamic_bytes, False, bytes(params))
-    marks = [[region.marks() for region in regions] for _ in range(2)]
-    return _run(program, text, captured, regions, *marks, seed, resident, check_races)
+    captured = Captured(program.kernel.name, *sizes, dynamic_bytes, history is not None, bytes(params))
+    before, written = [marks_of(region, history or []) for region in regions], [region.marks() for region in regions]
+    return _run(program, text, captured, regions, before, written, seed, resident, check_races)
 
 
 @functools.cache
@@ -271,7 +277,7 @@ def _run(
     resident: int,
     check_races: bool,
 ) -> Statistics:
-    """Runs one launch. ``written`` receives marks of what it writes; ``before`` are those of the launch before."""
+    """Runs one launch. ``written`` receives marks of what it writes; ``before`` are those of launches that may not have ended."""
     _check(captured, program.static_bytes)
     warps = -(-math.prod(captured.block) // 32)
     params = np.frombuffer(captured.params + bytes(16), np.uint8)

@@ -20,6 +20,24 @@ class Region(NamedTuple):
         return np.zeros(self.size // 4 + 2, np.uint32)
 
 
+class Written(NamedTuple):
+    """What a launch has written of a region."""
+
+    region: Region
+    marks: np.ndarray
+
+
+def marks_of(region: Region, history: list[Written]) -> np.ndarray:
+    """A region's words, those marked that a launch has written, under whatever name."""
+    marks = region.marks()
+    for other, written in history:
+        shift = (other.base - region.base) // 4  # from the other's words to this region's
+        begin, end = max(0, shift), min(len(marks), shift + len(written))
+        if begin < end:
+            marks[begin:end] |= written[begin - shift : end - shift]
+    return marks
+
+
 class _DLTensor(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),

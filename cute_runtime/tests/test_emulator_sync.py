@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cute_runtime.emulator import EmulationError, run_ptx
+from cute_runtime.emulator.tensors import Region, Written
 
 HEADER = """.version 8.8
 .target sm_90a
@@ -289,3 +290,43 @@ def test_blocks_of_a_launch_may_not_share_a_word(seed):
                 run_ptx(text, np.zeros(2, np.int32), **options)
         else:
             run_ptx(text, np.zeros(2, np.int32), **options)
+
+
+DEPENDENT = {
+    "each warp waits": ("griddepcontrol.wait; READ", ""),
+    "a barrier behind the warp that waits": ("@%p1 griddepcontrol.wait; bar.sync 0; READ", ""),
+    "no barrier behind it": ("@%p1 griddepcontrol.wait; READ", "reads argument 0 .* which the launch before writes"),
+    "a barrier before it": ("bar.sync 0; @%p1 griddepcontrol.wait; READ", "reads argument 0 .* which the launch before writes"),
+    "no wait": ("bar.sync 0;", "the block ends without a griddepcontrol.wait"),
+    "reads first": ("READ griddepcontrol.wait;", "reads argument 0 .* which the launch before writes"),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_dependent_launch_waits_before_it_reads_what_launches_before_write(name):
+    """Two warps; the launch before has written the tensor's last word, under another name."""
+    body, message = DEPENDENT[name]
+    read = "ld.param.u64 %out, [out]; mad.wide.u32 %rd1, %thread, 4, %out; ld.global.b32 %r1, [%rd1];"
+    text = kernel(f"setp.eq.u32 %p1, %warp, 0; {body.replace('READ', read)}", ".param .u64 out")
+    tensor = np.zeros(64, np.int32)
+    last = Region(tensor.ctypes.data + 63 * 4, 4, "last word")
+    for seed in SEEDS:
+        options = {"block": (64,), "seed": seed, "dynamic_bytes": 64, "history": [Written(last, np.array([1, 0, 0], np.uint32))]}
+        if message:
+            with pytest.raises(EmulationError, match=message):
+                run_ptx(text, tensor, **options)
+        else:
+            run_ptx(text, tensor, **options)
+
+
+def test_a_load_issued_before_the_wait_is_too_early_whenever_it_completes():
+    tensor, out = np.zeros((10, 24), np.float32), np.zeros((8, 8), np.float32)
+    raw = tensor_map(tensor.ctypes.data, [20, 10], [96], [8, 8])
+    load = LOAD.replace("BYTES", "256").replace("COLUMN", "0").replace("ROW", "0")
+    rest = f"{wait('%s', '0')} setp.lt.u32 %p1, %thread, 16; @!%p1 ret; {DUMP}"
+    history = [Written(Region(tensor.ctypes.data, tensor.nbytes, "tensor"), np.ones(242, np.uint32))]
+    options = {"block": (32,), "dynamic_bytes": 2048, "history": history}
+    for seed in SEEDS:
+        run_ptx(kernel(f"{INITIALISE} griddepcontrol.wait; {load} {rest}", MAP_PARAMS), tensor, raw, out, seed=seed, **options)
+        with pytest.raises(EmulationError, match=r"reads argument 0 .* which the launch before writes"):
+            run_ptx(kernel(f"{INITIALISE} {load} griddepcontrol.wait; {rest}", MAP_PARAMS), tensor, raw, out, seed=seed, **options)

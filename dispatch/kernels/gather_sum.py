@@ -11,6 +11,9 @@ that a warp reads 512 consecutive bytes of a row and no thread is idle at any H:
         total[V] += weight[j] * value[j]         float32, j in slot order: the bits do not depend on the run
     o[token, column] <- total                    16 bytes, rounded once
 
+With ``dependent`` the launch may start before the one before it on the stream has ended, which must write nothing but rows; every
+thread waits for its end before it reads anything.
+
 No shared memory, no barrier: what hides the latency is 32 warps a multiprocessor with several rows in flight each.
 
 Bytes: R*H*w of rows + T*H*w of o (w bytes an element) + O(R) of indices and scores, each moved once. FLOPs: 2*R*H, 1 per byte
@@ -101,6 +104,7 @@ def _gather_sum_kernel(
     column = cutlass.Int32(offset - token_in_block * cutlass.Uint32(vectors))
     token = cutlass.Int32(first_token) + cutlass.Int32(token_in_block)
 
+    cute.arch.griddepcontrol_wait()
     if token < num_tokens:
         begin = token * slots_per_token
         end = begin + slots_per_token
@@ -130,18 +134,19 @@ def _gather_sum(
     token_slots: cute.Tensor | None,
     out: cute.Tensor,
     slots_per_token: cutlass.Int32,
+    dependent: cutlass.Int32,
     stream: cuda.CUstream,
 ):
     vectors = cutlass.Int64(out.shape[0]) * (out.shape[1] * out.element_type.width // VECTOR_BITS)
     blocks = cutlass.Int32((vectors + (THREADS - 1)) // THREADS)
     _gather_sum_kernel(rows, score, slot_to_row, token_offsets, token_slots, out, slots_per_token).launch(
-        grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+        grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=dependent
     )
 
 
 def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tuple:
     """What is compiled: ``(rows (R, H), score (R,) | None, slot_to_row (R,), token_offsets (T + 1,) | None, token_slots (R,) | None,
-    out (T, H), K)``, with H a multiple of 8, all dense and the matrices aligned to 16 bytes.
+    out (T, H), K, dependent)``, with H a multiple of 8, all dense and the matrices aligned to 16 bytes.
 
     Args:
         dtype: of rows and out: bfloat16, float16 or float32.
@@ -165,7 +170,7 @@ def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tup
         vector(cutlass.Int32, cute.sym_int()) if csr else None,
         vector(cutlass.Int32, R) if csr else None,
         matrix(T),
-        cutlass.Int32(1),
+        *(cutlass.Int32(1) for _ in range(2)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
     return _gather_sum, arguments

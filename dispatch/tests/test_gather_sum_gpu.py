@@ -247,7 +247,7 @@ for _ in range(500): gather_sum_hopper(rows, score, p, out)
 t5 = time.perf_counter()
 kernel = cute_runtime.load(variants.gather_sum(dtype="bfloat16", form="uniform", scored=True))
 torch.cuda.synchronize(); t6 = time.perf_counter()
-for _ in range(500): kernel(rows, score, p.slot_to_row, None, None, out, 4)
+for _ in range(500): kernel(rows, score, p.slot_to_row, None, None, out, 4, 0)
 t7 = time.perf_counter()
 print(json.dumps({"first_load_ms": (t1 - t0) * 1e3, "second_load_ms": (t2 - t1) * 1e3, "first_call_ms": (t3 - t2) * 1e3,
                   "host_us": (t5 - t4) / 500 * 1e6, "bare_launch_us": (t7 - t6) / 500 * 1e6}))

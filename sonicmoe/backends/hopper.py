@@ -77,12 +77,13 @@ def forward(
         z = x.new_empty(*launch.z) if store_z else None
         launch.up(x, stored_up, b_up, plan.offsets, plan.row_to_token, a, z, launch.blocks)
         y = x.new_empty(*launch.y)
-        launch.down(a, stored_down, b_down, plan.offsets, y, launch.blocks)
+        # The last two start while the launch before drains: nothing but an allocation's fill comes between.
+        launch.down(a, stored_down, b_down, plan.offsets, y, launch.blocks, 1)
         out = torch.empty_like(x)
         if slots_per_token is not None:
-            launch.gather_sum(y, score, plan.slot_to_row, None, None, out, slots_per_token)
+            launch.gather_sum(y, score, plan.slot_to_row, None, None, out, slots_per_token, 1)
         else:
-            launch.gather_sum(y, score, plan.slot_to_row, plan.token_offsets, plan.token_slots, out, 0)
+            launch.gather_sum(y, score, plan.slot_to_row, plan.token_offsets, plan.token_slots, out, 0, 1)
     return out, packed, z
 
 
@@ -195,7 +196,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
-            kernel(a, stored, b_down, plan.offsets, y, blocks(device))
+            kernel(a, stored, b_down, plan.offsets, y, blocks(device), 0)
     return y
 
 

@@ -26,7 +26,16 @@ class DownProjection:
     def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], bias: bool, transposed: bool) -> None:
         self.transposed = transposed
         self.epilogue = ProjectionEpilogue(dtype=dtype, tile_n=tile.n, activation="identity", interleaved=False, store_z=False, bias=bias)
-        self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue, transposed_b=transposed)
+        self.gemm = GroupedGemm(
+            tile=tile,
+            dtype=dtype,
+            gather=False,
+            gated=False,
+            epilogue=self.epilogue,
+            transposed_b=transposed,
+            waits_for_a=True,
+            has_dependents=True,
+        )
 
     @cute.jit
     def __call__(
@@ -37,6 +46,7 @@ class DownProjection:
         offsets: cute.Tensor,
         y: cute.Tensor,
         blocks: Int32,
+        dependent: Int32,
         stream: cuda.CUstream,
     ):
         weight = weight_tensor(w_down, reduced_last=not self.transposed)
@@ -54,6 +64,7 @@ class DownProjection:
             self.epilogue.prepare(out, None, bias),
             blocks,
             stream,
+            dependent,
         )
 
 
@@ -68,6 +79,7 @@ def trace(*, dtype: str, bias: bool, tile: str, transposed: bool = False):
         row_major(element, experts, hidden) if bias else None,
         row_major(cutlass.Int32, offsets),
         row_major(element, rows, hidden),
+        Int32(0),
         Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

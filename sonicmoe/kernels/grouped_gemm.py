@@ -26,6 +26,11 @@ tensor map), so that one thread holds column j of both; block r of a cluster of 
 A transposed B, whose columns are contiguous and not the reduction, lies in blocks of 64 columns x 32 of the reduction and comes as
 two boxes of n columns x 32 (for gate and up of their own as four of n/2 x 32).
 
+One launch behind another (the down-projection behind the up-projection, programmatic dependent launch): every block of the first says at
+its start that the second may begin, which then takes each multiprocessor as the first leaves it. The second's warp 0 fills the ring's
+stages with the weights of its first tile and only then waits for the first's end, before it reads a row of a. What it reads earlier,
+weights and offsets, must have been complete before the first began: the first is launched the ordinary way.
+
 The last columns of the reduction are zero in both operands (TMA bounds, cp.async of 0 bytes). Rows beyond an expert's end are
 computed from whatever is there and never stored.
 """
@@ -69,7 +74,16 @@ class GroupedGemm:
     """Whether the reduction runs over an expert's rows (row_reduction.py) or over a weight's columns."""
 
     def __init__(
-        self, *, tile: Tile, dtype: type[cutlass.Numeric], gather: bool, gated: bool, epilogue, transposed_b: bool = False
+        self,
+        *,
+        tile: Tile,
+        dtype: type[cutlass.Numeric],
+        gather: bool,
+        gated: bool,
+        epilogue,
+        transposed_b: bool = False,
+        waits_for_a: bool = False,
+        has_dependents: bool = False,
     ) -> None:
         tile.check()
         self.tile = tile
@@ -77,6 +91,8 @@ class GroupedGemm:
         self.gather = gather
         self.gated = gated
         self.transposed_b = transposed_b
+        self.waits_for_a = waits_for_a
+        self.has_dependents = has_dependents
         self.epilogue = epilogue
         self.group_size = 1 if tile.pingpong else tile.consumers  # consumers that share a tile
         self.row_blocks = tile.rows_per_consumer // 64
@@ -113,8 +129,10 @@ class GroupedGemm:
         epilogue_args: tuple,
         blocks: Int32,
         stream: cuda.CUstream,
+        dependent: Int32 | bool = False,
     ):
-        """a (rows, K); b (columns, K, parts, experts), parts 2 for a gated activation; offsets (experts + 1,) int32."""
+        """a (rows, K); b (columns, K, parts, experts), parts 2 for a gated activation; offsets (experts + 1,) int32; ``dependent`` of
+        a kernel with ``waits_for_a``: whether the launch before on this stream writes a, and none of the rest."""
         tile = self.tile
         layout_a = self._layout_a()
         layout_b, layout_box, box_b = self._layouts_b()
@@ -152,6 +170,7 @@ class GroupedGemm:
             cluster=[tile.cluster, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
+            use_pdl=dependent,
         )
 
     @cute.kernel
@@ -184,6 +203,8 @@ class GroupedGemm:
         shared_a = storage.a.get_tensor(layout_a.outer, swizzle=layout_a.inner)
         shared_b = storage.b.get_tensor(layout_b.outer, swizzle=layout_b.inner)
 
+        if const_expr(self.has_dependents):
+            cute.arch.griddepcontrol_launch_dependents()
         readers = const_expr(4 * self.group_size + (GATHER_WARPS if self.gather else 0))
         if warp == 0:
             with cute.arch.elect_one():
@@ -251,6 +272,9 @@ class GroupedGemm:
         lap = Int32(0)
         walk, record = self._find(self._first(), wanted, offsets, column_tiles, width, rank)
         publish_tile(record, records, record_full, record_empty, slot, lap)
+        ahead = Int32(0)
+        if const_expr(self.waits_for_a):
+            ahead = self._load_ahead(tma_b, b, shared_b, full, record, rank, width)
         while record[0] >= 0:
             row, row_end = record[1], record[2]
             k_tiles = self._k_tiles(record, width)
@@ -265,16 +289,10 @@ class GroupedGemm:
                 if has_rows:
                     arriving += tile.m * TILE_K * 2
             for k in cutlass.range(k_tiles, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, arriving)
-                for box_to, box_from, half in boxes:
-                    source = box_from[None, k if const_expr(half is None) else k * 2 + half]
-                    target = box_to[None, stage if const_expr(half is None) else stage * 2 + half]
-                    if const_expr(tile.cluster > 1):
-                        cute.copy(tma_b, source, target, tma_bar_ptr=full + stage, mcast_mask=cutlass.Int16(3))
-                    else:
-                        cute.copy(tma_b, source, target, tma_bar_ptr=full + stage)
+                to_load = k >= ahead if const_expr(self.waits_for_a) else True
+                if to_load:
+                    cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+                    self._load_weights(tma_b, boxes, full, stage, k, arriving)
                 if const_expr(not self.gather):
                     if has_rows:
                         cute.copy(tma_a, rows_from[None, k], rows_to[None, stage], tma_bar_ptr=full + stage)
@@ -288,6 +306,8 @@ class GroupedGemm:
                     slot, lap = next_slot(slot, lap, 1)
                     walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
                     publish_tile(record, records, record_full, record_empty, slot, lap)
+            if const_expr(self.waits_for_a):
+                ahead = Int32(0)
             if const_expr(self.over_rows):
                 if k_tiles == 0:
                     wanted += clusters
@@ -297,6 +317,32 @@ class GroupedGemm:
         if const_expr(tile.pingpong):
             slot, lap = next_slot(slot, lap, 1)
             publish_tile(record, records, record_full, record_empty, slot, lap)
+
+    def _load_weights(self, tma_b, boxes: list[tuple], full, stage: Int32, k: Int32, arriving: Int32) -> None:
+        """The boxes of B of an empty stage, which then expects ``arriving`` bytes."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, arriving)
+        for box_to, box_from, half in boxes:
+            source = box_from[None, k if half is None else k * 2 + half]
+            target = box_to[None, stage if half is None else stage * 2 + half]
+            multicast = {"mcast_mask": cutlass.Int16(3)} if self.tile.cluster > 1 else {}
+            cute.copy(tma_b, source, target, tma_bar_ptr=full + stage, **multicast)
+
+    @cute.jit
+    def _load_ahead(self, tma_b, b, shared_b, full, record: tuple, rank, width):
+        """The weights of the first tile's first stages, then the wait for a: how many stages. A block without a tile waits too, so that
+        nothing behind this launch starts before the one before it has ended."""
+        ahead = Int32(0)
+        if record[0] >= 0:
+            ahead = cutlass.min(self._k_tiles(record, width), self.tile.stages)
+            boxes = self._boxes(tma_b, b, shared_b, record, rank)
+            arriving = Int32(self.tile.n * TILE_K * 2)
+            if record[1] < record[2]:
+                arriving += self.tile.m * TILE_K * 2
+            for stage in cutlass.range(ahead, unroll=1):
+                self._load_weights(tma_b, boxes, full, stage, stage, arriving)
+        cute.arch.griddepcontrol_wait()
+        return ahead
 
     def _first(self):
         return first_window()

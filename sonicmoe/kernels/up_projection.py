@@ -47,6 +47,7 @@ class UpProjection:
             gated=self.epilogue.gated and not self.paired,
             epilogue=self.epilogue,
             transposed_b=transposed,
+            has_dependents=True,
         )
 
     @cute.jit

@@ -50,6 +50,33 @@ def test_a_step_takes_four_launches_and_has_the_long_ways_bits(on_hopper, monkey
     assert accuracy.measure("o", outs[0], want["o"]).worst_block < accuracy.THRESHOLDS[torch.bfloat16].worst_block
 
 
+@pytest.mark.parametrize("tiled", [True, False], ids=["down-projection", "gather_sum"])
+def test_a_launch_that_does_not_wait_for_the_one_before_is_caught(on_hopper, tiled):
+    """Of the four kernels these two have a griddepcontrol.wait; one with tiles, one without."""
+    *inputs, ids, scores = draw(8)
+    routing = Routing(None, ids.flatten(), scores.flatten(), 8, E, K)
+
+    def edit(ptx):
+        return ptx.replace("griddepcontrol.wait;", "") if ("cp.async.bulk.tensor" in ptx) == tiled else ptx
+
+    message = "reads argument 0 .*, which the launch before writes, without a griddepcontrol.wait before"
+    with torch.no_grad(), emulator.emulation(edit=edit), pytest.raises(emulator.EmulationError, match=message):
+        routed_experts(*inputs, routing, gate_up_layout="concatenated")
+
+
+def test_a_wait_that_a_block_without_a_tile_leaves_out_is_caught(on_hopper):
+    """Its launch could end before the one before it, and what follows start too early."""
+    *inputs, ids, scores = draw(1)
+    routing = Routing(None, torch.full_like(ids, E).flatten(), scores.flatten(), 1, E, K)  # sentinels alone
+
+    def edit(ptx):
+        return ptx.replace("griddepcontrol.wait;", "") if "cp.async.bulk.tensor" in ptx else ptx
+
+    message = r"the block ends without a griddepcontrol\.wait"
+    with torch.no_grad(), emulator.emulation(edit=edit), pytest.raises(emulator.EmulationError, match=message):
+        routed_experts(*inputs, routing, gate_up_layout="concatenated")
+
+
 def test_a_step_of_transformers_experts_takes_four_launches(on_hopper):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers import Qwen3MoeConfig

@@ -88,11 +88,11 @@ class StandIns:
             if out is not None:
                 out.copy_(value)
 
-    def down_projection(self, params, a, w_down, b_down, offsets, y, blocks):
+    def down_projection(self, params, a, w_down, b_down, offsets, y, blocks, dependent):
         w_down = w_down.mT if params.get("transposed") else w_down
         y.copy_(reference.down_projection(a, w_down, b_down, DispatchPlan(offsets, *[None] * 5, 0, len(w_down), None)))
 
-    def gather_sum(self, params, rows, score, slot_to_row, token_offsets, token_slots, out, k):
+    def gather_sum(self, params, rows, score, slot_to_row, token_offsets, token_slots, out, k, dependent):
         terms = rows.float()[slot_to_row.clamp(min=0).long()].masked_fill_((slot_to_row < 0).unsqueeze(1), 0)
         if params["scored"]:
             terms *= score.unsqueeze(1)

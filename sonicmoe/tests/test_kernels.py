@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 import cute_runtime
 from cute_runtime import emulator
+from cute_runtime.emulator.tensors import Region, Written
 from dispatch import DispatchPlan, plan
 from sonicmoe.backends import reference
 from sonicmoe.kernels import tiles, variants
@@ -155,11 +157,11 @@ def down_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DispatchPla
     return a, random(E, H, LONG, dtype=torch.bfloat16, seed=3), random(E, H, dtype=torch.bfloat16, seed=4), own
 
 
-def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, **options) -> torch.Tensor:
+def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, dependent: int = 0, **options) -> torch.Tensor:
     a, w_down, b_down, own = down_inputs()
     y = poisoned(len(a), H, dtype=a.dtype)
     bias = b_down if BUILT[name].params["bias"] else None
-    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, BLOCKS, edit=edit, **options)
+    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, BLOCKS, dependent, edit=edit, **options)
     return y
 
 
@@ -167,7 +169,7 @@ def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, **opti
 def test_emulated_down_projection_has_float64s_values_in_every_order(name):
     a, w_down, b_down, own = down_inputs()
     want = reference.down_projection(a.double(), w_down.double(), b_down.double() if BUILT[name].params["bias"] else None, own)
-    first, *others = (emulated_down(name, seed=seed) for seed in SEEDS)
+    first, *others = (emulated_down(name, seed=seed, dependent=seed % 2) for seed in SEEDS)
     assert_close_by_expert(first, want, own.offsets)
     for other in others:
         assert torch.equal(first.view(torch.int16), other.view(torch.int16))
@@ -200,12 +202,33 @@ def test_emulated_up_projection_has_float64s_values_in_every_order(name):
         assert all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name in BUILT if "dense" in name])
+def test_a_dependent_down_projection_reads_weights_before_the_launch_before_has_ended_and_nothing_else(name):
+    """That launch may therefore write a, and must not write the weights; a block without a tile waits for it too."""
+    a, w_down, b_down, own = down_inputs()
+    bias = b_down if BUILT[name].params["bias"] else None
+
+    def launch(written: torch.Tensor, dependent: int, blocks: int = BLOCKS) -> None:
+        own_region = Region(written.data_ptr(), written.nbytes, "written before")
+        history = [Written(own_region, np.ones_like(own_region.marks()))]
+        y = poisoned(len(a), H, dtype=a.dtype)
+        emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, blocks, dependent, history=history)
+
+    launch(a, 1)
+    launch(a, 1, blocks=64)
+    launch(w_down, 0)
+    with pytest.raises(
+        emulator.EmulationError, match=r"reads argument 1 .*, which the launch before writes, without a griddepcontrol.wait"
+    ):
+        launch(w_down, 1)
+
+
 def test_emulator_counts_products_and_bytes_of_each_role():
     """One expert of 200 rows: four blocks of 64 rows, of which the last tile's second is not there, by one tile of 192 columns."""
     offsets, reduced = torch.tensor([0, 200], dtype=torch.int32), 128
     a, w = random(200, reduced, dtype=torch.bfloat16, seed=0), random(1, 192, reduced, dtype=torch.bfloat16, seed=1)
     b, y = random(1, 192, dtype=torch.bfloat16, seed=2), poisoned(200, 192, dtype=torch.bfloat16)
-    (statistics,) = emulator.launch(BUILT["dense, ping-pong, bias"], a, w, b, offsets, y, 1)
+    (statistics,) = emulator.launch(BUILT["dense, ping-pong, bias"], a, w, b, offsets, y, 1, 0)
     assert statistics.products == 2 * 128 * 192 * reduced  # whole tiles
     assert statistics.bytes_loaded == 2 * (128 + 192) * reduced * 2
     assert statistics.bytes_stored == 192 * 192 * 2  # the three blocks of 64 rows that are whole
@@ -303,4 +326,4 @@ def test_output_that_is_too_small_is_an_error_that_names_it():
     with pytest.raises(
         emulator.EmulationError, match=r"writes 16 bytes of global memory at .* the nearest is argument 4 \(bfloat16, shape"
     ):
-        emulator.launch(BUILT["dense, ping-pong, bias"], a, w_down, b_down, offsets, y, BLOCKS)
+        emulator.launch(BUILT["dense, ping-pong, bias"], a, w_down, b_down, offsets, y, BLOCKS, 0)

@@ -10,7 +10,7 @@ import torch
 
 from dispatch import DispatchPlan
 from routing import Routing
-from sonicmoe import accuracy, oracle, routed_experts
+from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.backends import hopper
 
@@ -169,6 +169,40 @@ def test_forward_does_not_wait_for_the_host_and_replays_in_a_graph():
     expert.copy_(torch.randint(0, E, (T * K,), device="cuda", dtype=torch.int32))
     graph.replay()
     assert torch.equal(out, routed_experts(x, w_up, w_down, routing, backend="hopper"))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 4096])
+def test_dependent_launches_have_the_bits_of_launches_one_by_one(tokens):
+    """In a row, eager and in a graph, each on rows of its own: a row read before it was written would be one of the step before."""
+    H, I, E, K = 1024, 768, 32, 4
+    w_up = randn(E, 2 * I, H, dtype=torch.bfloat16, scale=H**-0.5)
+    w_down = randn(E, H, I, dtype=torch.bfloat16, scale=I**-0.5)
+    x, expert = randn(tokens, H, dtype=torch.bfloat16), torch.empty(tokens * K, device="cuda", dtype=torch.int64)
+    score = torch.empty(tokens * K, device="cuda", dtype=torch.bfloat16)
+    routing = Routing(None, expert, score, tokens, E, K)
+
+    def draw():
+        x.normal_()
+        score.uniform_()
+        expert.copy_(torch.rand(tokens, E, device="cuda").argsort(1)[:, :K].flatten())
+
+    def step():
+        return routed_experts(x, w_up, w_down, routing, backend="hopper")
+
+    draw()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(50):
+        draw()
+        eager = step()
+        graph.replay()
+        with backends.one_by_one():
+            apart = step()
+        assert torch.equal(eager, apart)
+        assert torch.equal(captured, apart)
 
 
 def test_what_a_kernel_cannot_take_is_refused_before_launch():
