@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cute_runtime.timing import captured, eager_us, graph_us, host_us
-from dispatch import count_cumsum, debug, plan
+from dispatch import count_cumsum, debug, plan, plan_hopper
+from dispatch.kernels.sizes import FEW_SLOTS
 
 pytestmark = pytest.mark.gpu
 
@@ -196,7 +197,7 @@ def test_counting_is_faster_than_bincount_and_cumsum(length, experts, dtype, cap
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "uniform", "most_us"),
-    [(32_768, 128, 8, True, 40), (4096, 256, 8, True, 40), (32_768, 256, 16, True, 60), (262_144, 128, 8, True, 120),
+    [(64, 128, 8, True, 8), (32_768, 128, 8, True, 40), (4096, 256, 8, True, 40), (32_768, 256, 16, True, 60), (262_144, 128, 8, True, 120),
      (32_768, 50_000, 8, True, 120), (32_768, 128, 8, False, 120), (16_384, 256, 8, False, 120)],
 )  # fmt: skip
 def test_planning_is_faster_than_pytorch(tokens, experts, k, uniform, most_us, capsys):
@@ -216,3 +217,23 @@ def test_planning_is_faster_than_pytorch(tokens, experts, k, uniform, most_us, c
         )
     assert ours < most_us
     assert ours < body
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 128, 8), (64, 128, 8), (512, 128, 8), (512, 1023, 8), (2048, 8, 2)])
+def test_few_slots_are_planned_faster_by_one_block_than_by_two_launches(monkeypatch, tokens, experts, k, capsys):
+    """The rule of plan_hopper.uniform_launch, on int64 ids as a router has them; with the same bits."""
+    expert = draw(tokens * k, experts, torch.int64, seed=0).view(tokens, k)
+    sizes = {"num_tokens": tokens, "num_experts": experts, "slots_per_token": k}
+    plans, times = [], []
+    try:
+        for few_slots in (FEW_SLOTS, 0):
+            monkeypatch.setattr(plan_hopper, "FEW_SLOTS", few_slots)
+            plan_hopper.uniform_launch.cache_clear()
+            plans.append(poisoned(lambda: plan(None, expert, **sizes)))
+            times.append(graph_us([lambda: plan(None, expert, **sizes)] * 20))
+    finally:
+        plan_hopper.uniform_launch.cache_clear()
+    assert_same(*plans, (tokens, experts, k))
+    with capsys.disabled():
+        print(f"\nplan T={tokens} E={experts} K={k}: one block {times[0]:.1f}, two launches {times[1]:.1f} microseconds in a graph")
+    assert times[0] < times[1]

@@ -21,6 +21,7 @@ LARGEST_SHARE = 0.06
 COUNTS = tuple((slots, experts) for slots in (262_144, 2_097_152) for experts in (128, 50_000))
 """(N, E)."""
 PLANS = (
+    (64, 128, 8, True),
     (32_768, 128, 8, True),
     (4096, 256, 8, True),
     (32_768, 256, 16, True),
