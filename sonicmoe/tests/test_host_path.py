@@ -164,7 +164,9 @@ def make_arguments(layer, **grad):
     return [draw().requires_grad_(), layer.w_up, layer.w_down, routing], {"b_up": layer.b_up, "b_down": layer.b_down}
 
 
-def test_gradients_of_the_fused_forward_are_those_of_its_operations(stand_ins):
+def test_gradients_of_the_fused_forward_are_those_of_its_operations(stand_ins, monkeypatch):
+    for name in ("activation_backward", "down_weight_grad", "up_weight_grad", "dx_rows"):  # test_backward_kernels.py emulates the kernels
+        monkeypatch.setattr(hopper, name, getattr(reference, name))
     args, biases = make_arguments(make_layer(bias=True))
     leaves = [*args[:3], args[3].score, *biases.values()]
     fused = torch.autograd.grad(routed_experts(*args, **biases).float().square().sum(), leaves)
