@@ -3,12 +3,12 @@
 import torch
 
 import cute_runtime
-from dispatch.chunk_counts import multiprocessors
+from dispatch.chunk_counts import MAX_SIZE, multiprocessors
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-MOST_GATHERED = 2**34 - 1
-"""Elements of a matrix whose rows are gathered: where a row begins is an int32 in units of 16 bytes."""
+MOST_GATHERED = 2**34 - 64
+"""Elements of a matrix whose rows are gathered: where a row begins is an int32 in units of 16 bytes, and a lane adds up to seven."""
 
 
 def as_stored(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -48,6 +48,37 @@ def check_gathered(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() > MOST_GATHERED:
             cute_runtime.check_launch(max_elements=MOST_GATHERED, **{name: tensor})
+
+
+def check_reach(rows: int, **expert_elements: int) -> None:
+    """Refuse sizes beyond the int32 of the kernels whose output has a row for each routed slot.
+
+    A row's number, the rows of a tile added, is an int32. Weights are reached by coordinates and int64 strides, but for the step from
+    gate to up in up_projection.py; the backward refuses what the forward does.
+
+    Args:
+        rows: R.
+        **expert_elements: elements of one expert's part of a weight, under the weight's name.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if rows > MAX_SIZE:
+        raise ValueError(f"routing: {rows} slots: must be at most {MAX_SIZE} for the kernels")
+    for name, elements in expert_elements.items():
+        if elements > cute_runtime.INT32_ELEMENTS:
+            raise ValueError(f"{name}: {elements} elements an expert: must be at most {cute_runtime.INT32_ELEMENTS}")
+
+
+def check_gradient_reach(rows: int, name: str, experts: int, expert_rows: int) -> None:
+    """Refuse sizes beyond the int32 of weight_grad.py: R, and the rows of all experts' gradients, which it stores as one matrix.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    check_reach(rows)
+    if experts * expert_rows > MAX_SIZE:
+        raise ValueError(f"{name}: {experts} experts of {expert_rows} rows: must be at most {MAX_SIZE} rows together for the kernel")
 
 
 def blocks(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 import cute_runtime
 from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
 from sonicmoe.activations import is_gated
-from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices
+from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices, check_reach
 from sonicmoe.backends.hopper_backward import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
@@ -218,7 +218,7 @@ def _up_launch(
     columns = width // 2 if gated else width
     if rows == 0:
         return None, columns
-    _check_reach(rows, w_up=width * hidden)
+    check_reach(rows, w_up=width * hidden)
     variant = variants.up_projection(
         tile=up_tile(rows=rows, experts=experts, store_z=store_z),
         dtype=DTYPES[dtype],
@@ -238,15 +238,6 @@ def _down_launch(
     """The kernel for these sizes, None where there is nothing to compute."""
     if rows == 0:
         return None
-    _check_reach(rows, w_down=hidden * reduced)
+    check_reach(rows, w_down=hidden * reduced)
     tile = down_tile(rows=rows, experts=experts, reduced=reduced)
     return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias, transposed=transposed))
-
-
-def _check_reach(rows: int, **expert_elements: int) -> None:
-    """Refuse sizes beyond the kernels' int32: rows and what is added to them, and the layout of one expert's weight."""
-    if rows > plan_hopper.MAX_SIZE:
-        raise ValueError(f"routing: {rows} slots: must be at most {plan_hopper.MAX_SIZE} for the kernels")
-    for name, elements in expert_elements.items():
-        if elements > cute_runtime.INT32_ELEMENTS:
-            raise ValueError(f"{name}: {elements} elements an expert: must be at most {cute_runtime.INT32_ELEMENTS}")

@@ -14,7 +14,7 @@ import cute_runtime
 from cute_runtime import Variant
 from dispatch import DispatchPlan
 from sonicmoe.activations import activate, is_gated
-from sonicmoe.backends.arguments import DTYPES, as_stored, blocks, check_gathered, check_matrices
+from sonicmoe.backends.arguments import DTYPES, as_stored, blocks, check_gathered, check_gradient_reach, check_matrices, check_reach
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import activation_backward_tile, dx_tile, weight_grad_tile
 
@@ -57,6 +57,7 @@ def activation_backward(
     stored, transposed = as_stored("w_down", w_down)
     check_matrices(dout=dout, z=z, w_down=stored, b_down=b_down)
     check_gathered(dout=dout)
+    check_reach(rows, w_down=w_down.shape[1] * w_down.shape[2])
     cute_runtime.check_launch(
         alignment=4, dout=dout, score=weights, offsets=plan.offsets, row_to_token=plan.row_to_token, row_to_slot=plan.row_to_slot
     )
@@ -137,6 +138,7 @@ def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.T
     check_matrices(dz=dz, w_up=stored)
     cute_runtime.check_launch(alignment=4, dz=dz, offsets=plan.offsets)
     rows, reduced = dz.shape
+    check_reach(rows, w_up=w_up.shape[1] * w_up.shape[2])
     out = dz.new_empty(rows, w_up.shape[2])
     if rows == 0:
         return out
@@ -158,6 +160,7 @@ def _weight_grad(
     cute_runtime.check_launch(alignment=4, tokens=tokens, offsets=plan.offsets, row_to_token=plan.row_to_token)
     width, columns = tokens.shape[1], rows.shape[1]
     shape = (plan.num_experts, *((columns, width) if transposed else (width, columns)))
+    check_gradient_reach(rows.shape[0], "dw_up" if transposed else "dw_down", *shape[:2])
     if add_to is not None and (add_to.dtype != torch.float32 or add_to.shape != shape):
         raise ValueError(f"add_to: shape {tuple(add_to.shape)} in {add_to.dtype}: must be {shape} in torch.float32")
     if rows.shape[0] == 0:

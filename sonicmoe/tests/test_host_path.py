@@ -25,7 +25,7 @@ from routing import Routing, top_k
 from routing import hopper as routing_hopper
 from routing import top_k_hopper as top_k_module
 from sonicmoe import MoE, backends, routed_experts, router
-from sonicmoe.backends import hopper, reference
+from sonicmoe.backends import hopper, hopper_backward, reference
 
 ROOT = Path(__file__).parents[2]
 T, H, I, E, K = 40, 32, 16, 8, 2
@@ -225,7 +225,7 @@ def launch_of(tokens=T, hidden=H, width=2 * I, k=K):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tokens": 2**21, "hidden": 2**13}, "x: 17179869184 elements: must be at most 17179869183"),
+        ({"tokens": 2**21, "hidden": 2**13}, "x: 17179869184 elements: must be at most 17179869120"),
         ({"tokens": 2**20, "k": 1025}, "routing: 1074790400 slots: must be at most 1073741824 for the kernels"),
         ({"hidden": 2**16, "width": 2**15}, "w_up: 2147483648 elements an expert: must be at most 2147483647"),
     ],
@@ -235,6 +235,59 @@ def test_sizes_that_overflow_an_index_are_refused_before_any_launch(stand_ins, s
     with pytest.raises(ValueError, match=f"^{message}$"):
         launch_of(**sizes)
     assert launch_of(tokens=2**20, k=1024).a == (2**30, I)
+
+
+MANY = 2**30 + 8
+"""Rows: eight more than the kernels take."""
+
+
+def backward_of(operation, rows=64, hidden=H, intermediate=I, experts=E):
+    """The operation on tensors of these sizes without memory."""
+
+    def make(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    index = [make(count, dtype=torch.int32) for count in (experts + 1, rows, rows, rows)]
+    plan = DispatchPlan(*index, None, None, T, experts, None)
+    dout, score, z, a = make(T, hidden), make(rows, dtype=torch.float32), make(rows, 2 * intermediate), make(rows, intermediate)
+    w_up, w_down = make(experts, 2 * intermediate, hidden), make(experts, hidden, intermediate)
+    if operation == "activation_backward":
+        wanted = {"need_dz": True, "need_dscore": True, "need_scaled_a": True, "activation": "swiglu", "gate_up_layout": "interleaved"}
+        return hopper_backward.activation_backward(dout, z, w_down, None, score, plan, **wanted)
+    if operation == "dx_rows":
+        return hopper_backward.dx_rows(z, w_up, plan)
+    weight_grad, *args = {"dw_down": ("down", dout, a, score), "dw_up": ("up", dout, z)}[operation]
+    return getattr(hopper_backward, f"{weight_grad}_weight_grad")(*args, plan, need_weight=True, need_bias=False)
+
+
+@pytest.mark.parametrize(
+    ("operation", "sizes", "message"),
+    [
+        ("activation_backward", {"rows": MANY}, "routing: 1073741832 slots: must be at most 1073741824 for the kernels"),
+        ("dx_rows", {"rows": MANY}, "routing: 1073741832 slots: must be at most 1073741824 for the kernels"),
+        ("dw_up", {"rows": MANY}, "routing: 1073741832 slots: must be at most 1073741824 for the kernels"),
+        (
+            "activation_backward",
+            {"hidden": 2**16, "intermediate": 2**15},
+            "w_down: 2147483648 elements an expert: must be at most 2147483647",
+        ),
+        ("dx_rows", {"hidden": 2**16, "intermediate": 2**14}, "w_up: 2147483648 elements an expert: must be at most 2147483647"),
+        (
+            "dw_down",
+            {"experts": 2**25 + 1},
+            "dw_down: 33554433 experts of 32 rows: must be at most 1073741824 rows together for the kernel",
+        ),
+        ("dw_up", {"experts": 2**25 + 1}, "dw_up: 33554433 experts of 32 rows: must be at most 1073741824 rows together for the kernel"),
+    ],
+)
+def test_sizes_that_overflow_an_index_of_the_backward_are_refused_before_any_launch(stand_ins, monkeypatch, operation, sizes, message):
+    monkeypatch.setattr(hopper_backward, "_kernel", lambda variant: lambda *_: stand_ins.launched.append(variant.kernel))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        backward_of(operation, **sizes)
+    assert stand_ins.launched == []
+    for most in ({"rows": 2**30}, {"experts": 2**25}):
+        backward_of(operation, **most)
+    assert stand_ins.launched
 
 
 def test_more_chosen_slots_than_an_index_reaches_are_refused_before_any_launch(stand_ins):
