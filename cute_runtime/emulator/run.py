@@ -24,6 +24,9 @@ MESSAGE_BYTES = 1 << 16
 MOST_THREADS, MOST_SHARED_BYTES = 1024, 227 * 1024
 """Of a block on sm_90."""
 
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+"""In each direction of a grid."""
+
 STEPS = 2_000_000_000
 """A launch that takes more instructions than this is taken to run for ever."""
 
@@ -328,6 +331,8 @@ def _check(captured: Captured, static_bytes: int) -> None:
         raise EmulationError(f"grid {captured.grid}: must be whole clusters of {captured.cluster}")
     if not math.prod(captured.grid) or not 1 <= math.prod(captured.block) <= MOST_THREADS:
         raise EmulationError(f"grid {captured.grid} of blocks {captured.block}: must be at least one of at most {MOST_THREADS} threads")
+    if any(size > most for size, most in zip(captured.grid, MOST_BLOCKS, strict=True)):
+        raise EmulationError(f"grid {captured.grid}: must be at most {MOST_BLOCKS}")
     if static_bytes + captured.dynamic_bytes > MOST_SHARED_BYTES:
         raise EmulationError(f"{static_bytes + captured.dynamic_bytes} bytes of shared memory: at most {MOST_SHARED_BYTES} a block")
 

@@ -60,6 +60,7 @@ def test_cpu_is_the_device_only_within_emulation(monkeypatch):
     ("shape", "message"),
     [
         ({"grid": (3,), "cluster": (2,)}, r"grid \(3, 1, 1\): must be whole clusters of \(2, 1, 1\)"),
+        ({"grid": (1, 65536)}, r"grid \(1, 65536, 1\): must be at most \(2147483647, 65535, 65535\)"),
         ({"grid": (0,)}, r"grid \(0, 1, 1\) of blocks \(32, 1, 1\): must be at least one of at most 1024 threads"),
         ({"block": (32, 33)}, r"of blocks \(32, 33, 1\)"),
         ({"dynamic_bytes": 232449}, "232449 bytes of shared memory: at most 232448 a block"),

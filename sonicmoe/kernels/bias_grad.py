@@ -7,7 +7,8 @@ Data flow, one block of 8 warps for (expert, 256 columns), a thread for 8 column
     warp w takes the rows w, w + 8, ... of the expert: 16 bytes a lane, four rows in flight, added in float32 in this order
     8 sums a column in shared memory, 8 KiB (one block barrier) --> warp w adds up columns 32 w .. 32 w + 31 --> db, rounded once
 
-An expert without rows gets zeros. Bytes: every row once, 2 R W, and 2 E W; FLOPs R W.
+An expert without rows gets zeros. The grid has one direction: another would end at 65535 experts.
+Bytes: every row once, 2 R W, and 2 E W; FLOPs R W.
 """
 
 import cuda.bindings.driver as cuda
@@ -33,10 +34,13 @@ def _bias_grad_kernel(
     out: cute.Tensor,
 ):
     thread, _, _ = cute.arch.thread_idx()
-    tile, expert, _ = cute.arch.block_idx()
+    block, _, _ = cute.arch.block_idx()
     lane = thread % 32
     warp = thread // 32
     width = out.shape[1]
+    tiles = cute.ceil_div(width, COLUMNS)
+    expert = block // tiles
+    tile = block - expert * tiles
     vector = tile * const_expr(COLUMNS // 8) + lane
     sums = cutlass.utils.SmemAllocator().allocate_tensor(Float32, cute.make_layout((COLUMNS, WARPS)), 16)
     total = cute.make_rmem_tensor((8,), Float32)
@@ -73,7 +77,7 @@ def _bias_grad(
     stream: cuda.CUstream,
 ):
     _bias_grad_kernel(rows, offsets, row_token, row_slot, score, out).launch(
-        grid=[cute.ceil_div(out.shape[1], COLUMNS), out.shape[0], 1], block=[WARPS * 32, 1, 1], stream=stream
+        grid=[cute.ceil_div(out.shape[1], COLUMNS) * out.shape[0], 1, 1], block=[WARPS * 32, 1, 1], stream=stream
     )
 
 

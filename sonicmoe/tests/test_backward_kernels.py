@@ -62,6 +62,14 @@ def test_weight_and_bias_gradients_match_float64():
     in_every_order(lambda: check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=True))
 
 
+def test_experts_of_the_bias_gradients_lie_along_the_one_direction_of_a_grid_that_is_long():
+    """The other two end at 65535 blocks."""
+    case = make_case()
+    with emulator.emulation() as launches:
+        hopper_backward.up_weight_grad(None, case.dz, case.plan, need_weight=False, need_bias=True)
+    assert [launch.grid for launch in launches] == [(len(case.counts), 1, 1)]
+
+
 def test_weight_gradients_are_added_to_float32_buffers():
     case = make_case()
     with emulator.emulation():
