@@ -13,6 +13,7 @@ from routing import Routing
 from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.backends import hopper
+from sonicmoe.tests.backward_cases import poison_new_tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -62,9 +63,7 @@ def is_rounded(got, want):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every tensor that the host halves make is NaN until written."""
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
+    poison_new_tensors(monkeypatch)
 
 
 @pytest.mark.parametrize("case", COUNTS)
