@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from testing.matrix.result_types import record_problem
+
 
 class Entry(NamedTuple):
     """A speed cell in one recorded run."""
@@ -28,6 +30,8 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
         for key in ("device", "date", "cells"):
             if not isinstance(result, dict) or key not in result:
                 raise ValueError(f"{path}: {key} is missing: must be a result that one of the project's commands has written")
+        if problem := record_problem(result):
+            raise ValueError(f"{path}: {problem}")
         found.append(result)
     return sorted(found, key=lambda result: result["date"])
 

@@ -35,7 +35,7 @@ def judge_cell(cell: Cell, result: dict[str, Any], matrix: Matrix, machine: Mach
     checks = result.get("checks", [])
     problems += [f"{item['name']}: {item['why']}" for item in checks if item.get("passed") is not True]
     if isinstance(cell, LayerCell | ParallelCell):
-        errors = result.get("errors", {})
+        errors = result.get("errors") or {}
         missing = [tensor for tensor in expected_tensors(cell) if tensor not in errors]
         problems += [f"{tensor} was not measured" for tensor in missing]
         known = {tensor: errors[tensor] for tensor in errors if tensor in matrix.thresholds[cell.dtype]}
@@ -69,11 +69,12 @@ class Worst(NamedTuple):
 
 def worst_error(cell: LayerCell, result: dict[str, Any], matrix: Matrix) -> Worst | None:
     """The error nearest to its limit, or farthest above; None where nothing was measured."""
-    found = []
-    for tensor, measured in (result.get("errors") or {}).items():
+    found, thresholds = [], matrix.thresholds[cell.dtype]
+    known = {tensor: measured for tensor, measured in (result.get("errors") or {}).items() if tensor in thresholds}
+    for tensor, measured in known.items():
         for scope in Threshold._fields:
             value = measured.get(scope)
-            share = value / getattr(matrix.thresholds[cell.dtype][tensor], scope) if _is_finite(value) else math.inf
+            share = value / getattr(thresholds[tensor], scope) if _is_finite(value) else math.inf
             found.append(Worst(tensor, scope, share))
     return max(found, key=lambda worst: worst.share, default=None)
 

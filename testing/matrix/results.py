@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from testing.matrix.located import MatrixError
+from testing.matrix.result_types import cell_problem, result_problem
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 NO_FLOOR = "no threshold yet"
@@ -62,6 +63,8 @@ def read_result(path: Path) -> dict[str, Any]:
     result = read_recorded(path)
     if "shard" not in result:
         raise MatrixError(f"{path}: shard is missing")
+    if not isinstance(result["seed"], int):
+        raise MatrixError(f"{path}: seed={result['seed']}: must be an integer, as of one shard")
     return result
 
 
@@ -79,12 +82,16 @@ def read_recorded(path: Path) -> dict[str, Any]:
         raise MatrixError(f"{path}: is not JSON: {error}") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or not isinstance(result.get("cells"), list):
         raise MatrixError(f"{path}: is not a matrix result of schema {SCHEMA}")
-    for cell in result["cells"]:
-        if not isinstance(cell, dict) or "name" not in cell or cell.get("status") not in (PASSED, FAILED, NOT_RUN, NO_FLOOR):
-            raise MatrixError(f"{path}: has a cell without a name or a known status")
     for key in ("profile", "sources", "seed"):
         if key not in result:
             raise MatrixError(f"{path}: {key} is missing")
+    if problem := result_problem(result):
+        raise MatrixError(f"{path}: {problem}")
+    for cell in result["cells"]:
+        if problem := cell_problem(cell):
+            raise MatrixError(f"{path}: {problem}")
+        if cell.get("status") not in (PASSED, FAILED, NOT_RUN, NO_FLOOR):
+            raise MatrixError(f"{path}: cell {cell['name']}: has no known status")
     return result
 
 

@@ -59,7 +59,7 @@ def test_a_missing_cell_fails(tmp_path, matrix, good):
     assert verdict.reasons == ["layer/two: missing: no result has this cell"]
 
 
-@pytest.mark.parametrize(("value", "passes"), [(1e-2, True), (1.0000001e-2, False), (None, False), (float("nan"), False), ("0", False)])
+@pytest.mark.parametrize(("value", "passes"), [(1e-2, True), (1.0000001e-2, False), (None, False), (float("nan"), False)])
 def test_the_threshold_is_the_last_value_that_passes_and_nan_never_does(tmp_path, matrix, good, value, passes):
     cell_of(good, "layer/one")["errors"]["dx"]["whole"] = value
     verdict = decide(tmp_path, matrix, good)
@@ -118,6 +118,63 @@ def test_inputs_that_are_not_one_run_are_refused(tmp_path, matrix, good):
         decide(tmp_path, matrix, good, expect="hopper")
     with pytest.raises(MatrixError, match="cell layer/three is not in"):
         decide(tmp_path, matrix, {**good, "cells": [{"name": "layer/three", "status": "passed"}]})
+
+
+WRONG_TYPES = [
+    (("seconds",), "long", "seconds='long': must be a number"),
+    (("seed",), [1], "seed=[1]: must be an integer, as of one shard"),
+    (("device",), 3, "device=3: must be a text or null"),
+    (("cells", 0), [], "has a cell without a name"),
+    (("cells", 0, "status"), ["passed"], "cell layer/one: has no known status"),
+    (("cells", 0, "errors"), [1], "cell layer/one: errors=[1]: must be an object or null"),
+    (("cells", 0, "errors", "dx"), 1e-3, "cell layer/one: errors.dx=0.001: must be an object"),
+    (("cells", 0, "errors", "dx", "whole"), "0", "cell layer/one: errors.dx.whole='0': must be a number or null"),
+    (("cells", 0, "checks", 0), "stands", "cell layer/one: checks[0]='stands': must be an object"),
+    (("cells", 0, "checks", 0, "why"), None, "cell layer/one: checks[0].why=None: must be a text"),
+    (("cells", 0, "thiek"), 1024, "cell layer/one: thiek=1024: must be a list of five integers from 0 or nulls"),
+    (("cells", 0, "kernels"), {"up_projection": {"ms": True}}, "cell layer/one: kernels.up_projection.ratio is missing"),
+    (("cells", 0, "ratio"), 0.5, "cell layer/one: bound_ms is missing"),
+    (("cells", 0, "peak_mib"), "100", "cell layer/one: peak_mib='100': must be a number or null"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "problem"), WRONG_TYPES)
+def test_a_value_of_another_type_is_named_with_its_file_cell_and_field(tmp_path, matrix, good, place, value, problem):
+    *folders, field = place
+    part = good
+    for folder in folders:
+        part = part[folder]
+    part[field] = value
+    with pytest.raises(MatrixError) as refused:
+        decide(tmp_path, matrix, good)
+    assert str(refused.value) == f"{tmp_path / 'result-0.json'}: {problem}"
+
+
+def test_an_error_of_a_tensor_that_no_threshold_names_is_not_shown(tmp_path, matrix, good, capsys):
+    cell_of(good, "layer/one")["errors"]["dq"] = {"whole": 1.0, "worst_block": 1.0}
+    path = tmp_path / "shard-1-of-1.json"
+    path.write_text(json.dumps(good))
+    assert main(["gate", str(path), "--matrix", str(matrix.path), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"date": None}, "date=None: must be a text"),
+        ({"cells": [{"name": "speed/fast/forward", "ratio": "0.8"}]}, "cells[0].ratio='0.8': must be a positive number or null"),
+        ({"cells": [3]}, "cells[0]=3: must be an object"),
+    ],
+)
+def test_a_value_of_another_type_in_a_recorded_result_is_named(tmp_path, matrix, good, capsys, change, problem):
+    records = tmp_path / "records"
+    records.mkdir()
+    record = {"device": "NVIDIA H100", "power_limit_w": 700.0, "date": "2026-01-02", "cells": []}
+    (records / "one.json").write_text(json.dumps(record | change))
+    path = tmp_path / "shard-1-of-1.json"
+    path.write_text(json.dumps(good))
+    command = ["gate", str(path), "--matrix", str(matrix.path), "--history", str(records), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"error: {records / 'one.json'}: {problem}\n"
 
 
 def test_the_command_line_exits_with_0_1_or_2(tmp_path, matrix, good, capsys):
