@@ -7,6 +7,7 @@ from dispatch.operators import check_backend, fake, operator
 
 INT32_MAX = 2**31 - 1
 ID_DTYPES = (torch.int32, torch.int64)
+SIZE_TYPES = (int, torch.SymInt)
 
 
 def count_cumsum(
@@ -82,7 +83,7 @@ def check_ids(name: str, index: torch.Tensor) -> None:
 
 def check_size(name: str, value: int, *, least: int) -> None:
     """Refuse a size below ``least`` or beyond what int32 indices can address, and what is no integer."""
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, SIZE_TYPES) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be an int")
     if value < least or value >= INT32_MAX:
         raise ValueError(f"{name}={value}: must be between {least} and {INT32_MAX - 1}")

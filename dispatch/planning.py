@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import debug, plan_hopper
-from dispatch.counting import ID_DTYPES, INT32_MAX, bucket, check_ids, check_size, histogram
+from dispatch.counting import ID_DTYPES, INT32_MAX, SIZE_TYPES, bucket, check_ids, check_size, histogram
 from dispatch.operators import check_backend, fake, is_direct, operator
 from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
@@ -63,9 +63,13 @@ def _is_sound(
 ) -> bool:
     """The conditions of _refuse in one expression: the usual case costs no more than reading its attributes."""
     shape = expert_index.shape
+    if not (isinstance(num_tokens, SIZE_TYPES) and isinstance(num_experts, SIZE_TYPES)):
+        return False
     if expert_index.dtype not in ID_DTYPES or not (0 <= num_tokens < INT32_MAX and 1 <= num_experts < INT32_MAX):
         return False
     if slots_per_token is not None:
+        if not isinstance(slots_per_token, SIZE_TYPES):
+            return False
         slots = num_tokens * slots_per_token
         if slots_per_token < 1 or slots > INT32_MAX:
             return False
