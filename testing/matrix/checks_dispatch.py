@@ -101,8 +101,15 @@ def check_gather_sum(plan: DispatchPlan, routing: Routing, seed: int) -> list[Ch
         _close("gather_sum bfloat16", dispatch.gather_sum(narrow, score_t.detach(), plan), sums, BFLOAT16_ROUNDING),
         _close("gather_sum", out.detach(), expected),
         _close("gather_sum d_rows", rows_t.grad[: len(used)], d_rows),
+        _check_tail(rows_t.grad[len(used) :]),
         _close("gather_sum d_score", score_t.grad, d_score),
     ]
+
+
+def _check_tail(gradient: torch.Tensor) -> Check:
+    """Rows that no slot owns have a gradient of zero, whatever they hold."""
+    wrong = int((gradient != 0).any(1).sum())
+    return check("gather_sum d_rows of the tail", wrong == 0, f"{wrong} of the {len(gradient)} rows that no slot owns are not zero")
 
 
 def _close(name: str, got: torch.Tensor, expected: np.ndarray, rounding: float = 0.0) -> Check:

@@ -53,6 +53,17 @@ def _round_products(right):
     return wrong
 
 
+@ROWS.add("rows of no slot get a gradient", "dispatch", "gather_sum", "loads/sentinels-few")
+def _unwritten_tail(right):
+    def wrong(rows, score, plan, **options):
+        if rows.requires_grad:
+            rows = rows.clone()
+            rows.register_hook(lambda gradient: gradient.masked_fill((plan.row_to_slot < 0).unsqueeze(1), 1e-6))
+        return right(rows, score, plan, **options)
+
+    return wrong
+
+
 @ROWS.add("running sum off by one expert", "dispatch", "count_cumsum", "count/e8")
 def _exclusive_sum(right):
     def wrong(expert_index, num_experts, *, cumsum=True):
