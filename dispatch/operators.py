@@ -122,8 +122,12 @@ def needs_gradient(args: tuple) -> bool:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context without autocast on the device; free where there is none, for torch.autocast takes 5 microseconds."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
+    """A context without autocast on the device; free where there is none, for torch.autocast takes 5 microseconds.
+
+    PyTorch does not know autocast for tensors without data (meta): even asking whether it is on is an error there.
+    """
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -164,7 +164,7 @@ class MoE(nn.Module):
         # Each access to a parameter of a module takes half a microsecond: one each.
         w_up, w_down, b_up, b_down, router = self.w_up, self.w_down, self.b_up, self.b_down, self.router
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = not x.is_meta and torch.is_autocast_enabled(device_type)
         if not autocast and x.dtype != w_up.dtype:
             raise TypeError(f"x has dtype {x.dtype}: must be the weights' {w_up.dtype} outside of autocast")
         parallel = self.parallelism
@@ -186,7 +186,7 @@ class MoE(nn.Module):
         }
 
         def shared() -> torch.Tensor:
-            with torch.autocast(device_type, enabled=autocast):
+            with torch.autocast(device_type) if autocast else contextlib.nullcontext():
                 return shared_expert(tokens)
 
         with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():

@@ -87,7 +87,7 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
         w_up, w_down = w_up.mT, w_down.mT
     b_up, b_down = (getattr(self, f"{up}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     x = hidden_states
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_up, w_down, b_up, b_down = (None if tensor is None else tensor.to(dtype) for tensor in (x, w_up, w_down, b_up, b_down))
     scores = top_k_weights.reshape(-1)

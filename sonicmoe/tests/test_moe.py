@@ -119,6 +119,21 @@ def test_meta_construction_then_reset_equals_direct_construction():
         assert torch.equal(layer.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("router", [None, RouterConfig(k=K, method="token_rounding", tile_m=4)], ids=["top_k", "token_rounding"])
+def test_layer_without_data_has_the_shapes_and_dtypes_of_one_with_data(router, autocast):
+    """Under autocast a tensor without data keeps its dtype, as in `torch.nn.Linear`: PyTorch's autocast does not know the meta device."""
+    layer = MoE(H, I, E, K, bias=True, router=router, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(3, 5, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with torch.autocast("cpu", enabled=autocast):
+        out, routed = layer(x, return_router=True, shared_expert=torch.nn.functional.silu)
+    leaves = [x, *layer.parameters()]
+    gradients = torch.autograd.grad(out.sum() + routed.load_balance_loss, leaves)
+    assert (out.shape, out.dtype, out.is_meta) == (x.shape, torch.bfloat16, True)
+    assert (routed.logits.shape, routed.logits.dtype) == ((15, E), torch.float32)
+    assert [(gradient.shape, gradient.dtype) for gradient in gradients] == [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
 def test_parameters_start_within_one_over_root_fan_in():
     layer = MoE(64, 256, 4, 2, bias=True)
     for name, bound in {"w_up": 1 / 8, "b_up": 1 / 8, "w_down": 1 / 16, "b_down": 1 / 16, "router.weight": 1 / 8}.items():

@@ -240,6 +240,15 @@ def test_experts_without_a_gate_agree_with_eager(activation):
     torch.testing.assert_close(experts(*inputs), eager(experts, *inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_experts_without_data_give_a_result_without_data(autocast):
+    experts = make_experts().to("meta")
+    x, chosen, weights = (tensor.to("meta") for tensor in make_routing())
+    with torch.autocast("cpu", enabled=autocast):
+        out = experts(x, chosen, weights)
+    assert (out.shape, out.dtype, out.is_meta) == (x.shape, x.dtype, True)
+
+
 @pytest.mark.parametrize("cls", [Qwen3MoeExperts, GptOssExperts])
 def test_autocast_computes_in_its_dtype_and_returns_the_tokens(cls):
     experts, inputs = make_experts(cls), make_routing()
