@@ -8,13 +8,14 @@ Importing this package imports neither the compiler nor torch nor tvm_ffi, and t
 """
 
 from cute_runtime.build import KernelCompileError, MissingToolError, build
-from cute_runtime.checks import INT32_ELEMENTS, check_launch, is_supported_device, on_device
+from cute_runtime.checks import BACKENDS, INT32_ELEMENTS, check_launch, is_supported_device, on_device
 from cute_runtime.discover import prebuilt_variants
 from cute_runtime.load import MissingKernelError, find, load
 from cute_runtime.resources import Resources, read_resources
 from cute_runtime.variant import Variant
 
 __all__ = [
+    "BACKENDS",
     "INT32_ELEMENTS",
     "KernelCompileError",
     "MissingKernelError",

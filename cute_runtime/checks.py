@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
     import torch
 
+BACKENDS = ("auto", "hopper", "reference")
+"""Who computes what has a kernel: the kernels ("hopper"), PyTorch ("reference"), or the kernels where they can ("auto")."""
+
 INT32_ELEMENTS = 2**31 - 1
 """Elements that an int32 index reaches."""
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import cute_runtime
-
-BACKENDS = ("auto", "hopper", "reference")
+from cute_runtime import BACKENDS
 
 _PLAIN = {Tensor, Parameter, torch.dtype, type(None), bool, int, float, str, list, tuple}
 """Types of arguments that no one but us handles: a subclass of Tensor may handle operators in a way of its own."""

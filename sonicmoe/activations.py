@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-LAYOUTS = ("interleaved", "concatenated")
+from sonicmoe import names
 
 
 class Activation(NamedTuple):
@@ -91,16 +91,18 @@ def _relu_squared_derivative(z: torch.Tensor) -> torch.Tensor:
     return 2 * _relu(z)
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "swiglu": Activation(True, _silu, _silu_derivative),
-    "geglu": Activation(True, _gelu, _gelu_derivative),
-    "reglu": Activation(True, _relu, _relu_derivative),
-    "swiglu_oai": Activation(True, _oai_gate, _oai_gate_derivative, _oai_up, _oai_up_derivative),
-    "silu": Activation(False, _silu, _silu_derivative),
-    "gelu": Activation(False, _gelu, _gelu_derivative),
-    "relu": Activation(False, _relu, _relu_derivative),
-    "relu_squared": Activation(False, _relu_squared, _relu_squared_derivative),
+_FUNCTIONS = {
+    "swiglu": (_silu, _silu_derivative),
+    "geglu": (_gelu, _gelu_derivative),
+    "reglu": (_relu, _relu_derivative),
+    "swiglu_oai": (_oai_gate, _oai_gate_derivative, _oai_up, _oai_up_derivative),
+    "silu": (_silu, _silu_derivative),
+    "gelu": (_gelu, _gelu_derivative),
+    "relu": (_relu, _relu_derivative),
+    "relu_squared": (_relu_squared, _relu_squared_derivative),
 }
+
+ACTIVATIONS = {name: Activation(gated, *_FUNCTIONS[name]) for name, gated in names.ACTIVATIONS.items()}
 """By name; gelu is the exact one, with the error function. The derivative of relu at 0 is 0, as torch has it."""
 
 

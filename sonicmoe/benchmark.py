@@ -17,10 +17,9 @@ from sonicmoe import accuracy, cases, memory, timing
 from sonicmoe.activations import is_gated
 from sonicmoe.cases import Case
 from sonicmoe.moe import MoE
+from sonicmoe.names import MODES
 from sonicmoe.thiek import Thiek
 from sonicmoe.validation import check_sizes
-
-MODES = ("inference", "forward", "forward+backward", "backward")
 
 
 @dataclass(frozen=True)

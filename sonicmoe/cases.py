@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from routing import RouterConfig, Routing
-from sonicmoe import oracle
+from sonicmoe import names, oracle
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.linalg import matmul
 from sonicmoe.moe import MoE
 from sonicmoe.thiek import Thiek
 from sonicmoe.validation import check_dtype, check_options, check_sizes
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in names.DTYPES.items()}
 """By the names that commands and recorded results use."""
 
 

@@ -5,10 +5,12 @@ Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per
 
 import torch
 
+from cute_runtime import BACKENDS
 from dispatch.counting import ID_DTYPES
-from dispatch.operators import BACKENDS, check_backend
+from dispatch.operators import check_backend
 from routing import Routing
-from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
+from sonicmoe.activations import ACTIVATIONS, is_gated
+from sonicmoe.names import LAYOUTS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCORE_DTYPES = (torch.float32, torch.float64)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from sonicmoe.activations import LAYOUTS, split_gate_up
+from sonicmoe.activations import split_gate_up
 from sonicmoe.checkpoints.files import Entry, Reader, write
 from sonicmoe.checkpoints.layers import ROUTER_NAMES, STYLES, Layer, Style, find_packed, find_single_experts
+from sonicmoe.names import LAYOUTS
 
 PACKED = "sonicmoe"
 _LAYOUT_KEY = "sonicmoe.gate_up_layout"

@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
-LAYOUTS, FORMS = ("interleaved", "concatenated"), ("sonicmoe", "gate_up_down", "w1w2w3")
+from sonicmoe.names import LAYOUTS
+
+FORMS = ("sonicmoe", "gate_up_down", "w1w2w3")
 
 DESCRIPTION = """Write a safetensors checkpoint anew with its experts in another form: from one tensor for each expert and projection
 (gate_proj, up_proj, down_proj, or w1, w3, w2) to w_up and w_down of sonicmoe.MoE, or back. Values keep their bits and all other

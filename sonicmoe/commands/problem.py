@@ -3,10 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from sonicmoe.names import ACTIVATIONS, BACKENDS, DTYPES, LAYOUTS, ROUNDING_MODES
+
 if TYPE_CHECKING:
     from sonicmoe.benchmark import Problem
 
-ROUTINGS = ("top_k", "nearest", "up", "down", "stochastic", "balanced")
+ROUTINGS = ("top_k", *ROUNDING_MODES)
 DEFAULTS = {
     "routing": "top_k",
     "tile_m": 128,
@@ -22,10 +24,6 @@ DEFAULTS = {
 
 def add_arguments(parser: argparse.ArgumentParser, *, thiek: str | None = None, required: bool = False) -> None:
     """Add them; ``thiek`` is the default size, None where there is none."""
-    from dispatch.operators import BACKENDS
-    from sonicmoe.activations import ACTIVATIONS, LAYOUTS
-    from sonicmoe.cases import DTYPES
-
     sizes = "tokens, hidden size, intermediate size, experts, experts per token" + (f" (default: {thiek})" if thiek else "")
     parser.add_argument("--thiek", required=required, default=thiek, metavar="T,H,I,E,K", help=sizes)
     parser.set_defaults(**DEFAULTS)
@@ -51,7 +49,7 @@ def read(args: argparse.Namespace, *, what: str) -> "Problem":
     from routing import RouterConfig
     from sonicmoe import backends, devices, thiek
     from sonicmoe.benchmark import Problem
-    from sonicmoe.cases import DTYPES
+    from sonicmoe.cases import DTYPES as TORCH_DTYPES
 
     sizes = thiek.parse(args.thiek)
     if sizes.T < 1:
@@ -66,6 +64,6 @@ def read(args: argparse.Namespace, *, what: str) -> "Problem":
         activation=args.activation,
         bias=args.bias,
         gate_up_layout=args.layout,
-        backend=backends.resolve(args.backend, device, DTYPES[args.dtype]),
+        backend=backends.resolve(args.backend, device, TORCH_DTYPES[args.dtype]),
         seed=secrets.randbelow(2**31) if args.seed is None else args.seed,
     )

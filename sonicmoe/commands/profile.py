@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sonicmoe.names import MODES
+
 if TYPE_CHECKING:
     from sonicmoe.benchmark import Problem
     from sonicmoe.profiling.analysis import Profile
@@ -15,7 +17,6 @@ with what they achieve of their floors, memory operations, gaps with the host ca
 with the line of code that makes them. The steps are one layer's (--thiek), a script's (--script), or in a trace that was recorded
 elsewhere (--trace). Writes a trace for Perfetto and an HTML page with a timeline. Exit code 1 below --min-busy."""
 
-_MODES = ("inference", "forward", "forward+backward", "backward")
 _WARMUP, _STEPS = 3, 5
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = DESCRIPTION
     problem.add_arguments(parser)
-    parser.add_argument("--mode", default="forward+backward", choices=_MODES, help="with --thiek (default: forward+backward)")
+    parser.add_argument("--mode", default="forward+backward", choices=MODES, help="with --thiek (default: forward+backward)")
     parser.add_argument("--script", type=Path, metavar="FILE", help="a Python file that defines step(), or trains with an optimizer")
     parser.add_argument("--script-args", default="", metavar="ARGS", help="the script's arguments, in one word")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="analyse this Chrome trace of torch.profiler, run nothing")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from sonicmoe.commands import parallel_options
+from sonicmoe.names import BACKENDS
 from sonicmoe.training.config import TrainConfig
 
 DESCRIPTION = """Train a small decoder-only language model whose feed-forward layers are sonicmoe.MoE, on the Python language
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parallel_options.add_arguments(parser, transport=False)
-    parser.add_argument("--backend", default="auto", choices=("auto", "hopper", "reference"), help="of the experts (default: auto)")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="of the experts (default: auto)")
     for field in dataclasses.fields(TrainConfig):
         choices = field.metadata["choices"]
         parser.add_argument(

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sonicmoe.activations import ACTIVATIONS, LAYOUTS, activate, activation_gradient, is_gated
+from sonicmoe import activations
+from sonicmoe.activations import ACTIVATIONS, activate, activation_gradient, is_gated
+from sonicmoe.names import LAYOUTS
 
 EXPECTED = {
     "swiglu": F.silu,
@@ -21,6 +23,7 @@ POINTS = torch.tensor([-40.0, -9.0, -2.5, -0.3, -1e-6, 0.0, 1e-6, 0.4, 3.0, 7.0,
 
 def test_every_activation_is_covered():
     assert EXPECTED.keys() == ACTIVATIONS.keys()
+    assert activations._FUNCTIONS.keys() == ACTIVATIONS.keys()
     assert {name for name in ACTIVATIONS if is_gated(name)} == {"swiglu", "geglu", "reglu", "swiglu_oai"}
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from sonicmoe import MoE, cli  # noqa: E402
-from sonicmoe.activations import LAYOUTS  # noqa: E402
 from sonicmoe.checkpoints import STYLES, convert, files  # noqa: E402
 from sonicmoe.checkpoints.convert import PACKED as PACKED_FORM  # noqa: E402
 from sonicmoe.commands import convert as command  # noqa: E402
@@ -264,9 +263,8 @@ def test_command_names_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_command_offers_what_the_function_takes():
-    """It names them itself, so that --help does not import torch."""
+    """It names the forms itself, so that --help does not import torch."""
     assert (PACKED_FORM, *STYLES) == command.FORMS
-    assert command.LAYOUTS == LAYOUTS
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "big"])

@@ -5,8 +5,9 @@ import torch
 
 from routing import Routing, token_rounding, top_k
 from sonicmoe import accuracy, oracle, routed_experts, validation
-from sonicmoe.activations import ACTIVATIONS, LAYOUTS, is_gated
+from sonicmoe.activations import ACTIVATIONS, is_gated
 from sonicmoe.backends import reference
+from sonicmoe.names import LAYOUTS
 
 H, I = 16, 8
 

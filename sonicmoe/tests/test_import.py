@@ -4,12 +4,29 @@ import sys
 import pytest
 
 import sonicmoe
+from sonicmoe import cli
 
 
 def test_import_loads_neither_torch_nor_a_compiler():
     code = "import sys, sonicmoe, sonicmoe.__main__; print(sorted({'torch', 'cutlass', 'numpy', 'rich'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_help_of_every_command_needs_no_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+from sonicmoe import cli
+for command in cli.COMMANDS:
+    try:
+        cli.main([command, "--help"])
+    except SystemExit as ended:
+        assert not ended.code
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.count("usage: sonicmoe ") == len(cli.COMMANDS)
+    assert "{swiglu,geglu,reglu,swiglu_oai,silu,gelu,relu,relu_squared}" in result.stdout
 
 
 def test_first_step_does_not_load_torch_compile():

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-ROUNDING_MODES = ("nearest", "up", "down", "stochastic", "balanced")
+from sonicmoe.names import ROUNDING_MODES
+
 ROUTINGS = ("both", "top_k", *ROUNDING_MODES)
 DTYPES = ("float32", "bfloat16")
 

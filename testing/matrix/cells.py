@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from sonicmoe.names import ACTIVATIONS, LAYOUTS, ROUNDING_MODES
 from sonicmoe.thiek import Thiek
 from testing.matrix.located import LocatedDict, LocatedList, MatrixError, load
 from testing.matrix.speed import Floor, Floors, Rule
@@ -19,13 +20,10 @@ _NOTHING = LocatedDict()
 _NOTHING.line, _NOTHING.lines = 0, {}
 
 DTYPES = ("bf16", "fp16", "fp32")
-ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai", "silu", "gelu", "relu", "relu_squared")
-LAYOUTS = ("interleaved", "concatenated")
 LOADS = ("normal", "skewed", "ties", "non_finite", "recorded")
 METHODS = ("top_k", "token_rounding")
 SCORINGS = ("softmax", "softmax_topk", "sigmoid")
 GROUP_SCORES = ("top2", "max")
-ROUNDING_MODES = ("nearest", "up", "down", "stochastic", "balanced")
 TRANSPORTS = ("all_to_all", "symmetric_memory")
 SPEED_MODES = ("inference", "forward", "forward+backward")
 TENSORS = ("o", "dx", "dw_up", "dw_down", "db_up", "db_down", "drouter")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from sonicmoe.names import ACTIVATIONS
 from sonicmoe.thiek import Thiek
 from testing.matrix.cells import (
     Cell,
@@ -23,7 +24,7 @@ from testing.matrix.cells import (
     SpeedCell,
 )
 
-UNGATED = ("silu", "gelu", "relu", "relu_squared")
+UNGATED = tuple(name for name, gated in ACTIVATIONS.items() if not gated)
 
 
 class Costs(NamedTuple):
