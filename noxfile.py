@@ -112,13 +112,17 @@ def kernels_stage(session: nox.Session, python: str) -> tuple[int, int, int]:
         return 0, 1, 0
 
 
-def pytest_stage(session: nox.Session, python: str, arguments: list[str], environment: dict[str, str]) -> tuple[int, int, int]:
+def pytest_stage(
+    session: nox.Session, python: str, arguments: list[str], environment: dict[str, str], *, jobs: int | None = None
+) -> tuple[int, int, int]:
+    """``jobs``: test processes at once."""
+    jobs = test_jobs() if jobs is None else jobs
     report = OUT / "tests" / "pytest.xml"
     report.unlink(missing_ok=True)
     try:
         run(
             session,
-            *(python, "-m", "pytest", "-q", "-n", str(test_jobs()), "--dist=loadgroup", "--timeout=300", f"--junitxml={report}"),
+            *(python, "-m", "pytest", "-q", "-n", str(jobs), "--dist=loadgroup", "--timeout=300", f"--junitxml={report}"),
             *arguments,
             env={"OMP_NUM_THREADS": "1", **environment},
         )
@@ -224,6 +228,28 @@ def tests(session: nox.Session) -> None:
             "workflows": lambda: checks_stage(session, workflow_commands(python)),
         },
     )
+
+
+@nox.session
+def gpu_tests(session: nox.Session) -> None:
+    """The tests marked gpu, on an sm_90 GPU, which must be there; `-- ARGS` go to pytest.
+
+    One after the other, because some of them measure time. Names the kernels that none of them declares, which were compiled on the way.
+    """
+    gpus = listed_gpus()
+    if not any(map(is_hopper, gpus)):
+        session.error(f"gpu_tests needs an sm_90 GPU (H100, H200); this machine has {', '.join(gpus) or 'none that nvidia-smi lists'}")
+    python = interpreter(session, "dev")
+    system_tool(session, "cc")
+    cache = OUT / "gpu_tests_cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    arguments, environment = ["-m", "gpu", *session.posargs], {"SONICMOE_CACHE": str(cache)}
+    try:
+        run_stages(session, {"pytest -m gpu": lambda: pytest_stage(session, python, arguments, environment, jobs=0)})
+    finally:
+        compiled = sorted({path.stem for path in cache.rglob("*.so")})
+        if compiled:
+            session.warn(f"not prebuilt, so compiled on the way: {', '.join(compiled)}; see build_defs/gpu_kernels.py")
 
 
 @nox.session
@@ -337,14 +363,17 @@ def bazel_kernels(session: nox.Session, python: str, destination: Path, target: 
 def kernels(session: nox.Session) -> None:
     """Builds every kernel variant with Bazel, so that only what changed is compiled, into out/kernels.
 
-    With ``-- --matrix`` also those that only the cells of testing/matrix.yaml need, for a GPU runner that compiles nothing.
+    With ``-- --matrix`` also those that only the cells of testing/matrix.yaml need, with ``-- --tests`` besides those that only the
+    tests marked gpu need, for a GPU runner that compiles nothing.
     """
-    if session.posargs not in ([], ["--matrix"]):
-        session.error(f"kernels takes --matrix or nothing, not {' '.join(session.posargs)}")
+    targets = {(): "prebuilt_kernels", ("--matrix",): "matrix_kernels", ("--tests",): "gpu_kernels"}
+    target = targets.get(tuple(session.posargs))
+    if target is None:
+        session.error(f"kernels takes --matrix, --tests or nothing, not {' '.join(session.posargs)}")
     python = interpreter(session, "dev")
     system_tool(session, "cc")
     system_tool(session, "bazelisk", "bazel")
-    bazel_kernels(session, python, OUT / "kernels", "matrix_kernels" if session.posargs else "prebuilt_kernels")
+    bazel_kernels(session, python, OUT / "kernels", target)
 
 
 @nox.session

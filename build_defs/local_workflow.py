@@ -4,8 +4,9 @@ python -m build_defs.local_workflow --work DIR [--matrix FILE] [--replace FILE O
 
 Every job gets a checkout of its own with the working tree's tracked files, its ``run`` steps run as they are written, and artefacts,
 outputs and summaries go from job to job as GitHub passes them on. Stand-ins on PATH take the place of what a machine without a GPU and
-without a network lacks: ``python3`` finds nox and the packages installed, runs the cpu profile where hopper is asked for, and builds one
-kernel instead of all; ``nvidia-smi`` reports an idle H100. Exit code 0 where the last job, the gate, is green, 1 where it is red.
+without a network lacks: ``python3`` finds nox and the packages installed, runs the cpu profile where hopper is asked for, builds one
+kernel instead of all, and has the tests marked gpu skipped; ``nvidia-smi`` reports an idle H100. Exit code 0 where the last job, the
+gate, is green, 1 where it is red.
 """
 
 import argparse
@@ -48,6 +49,7 @@ case " $* " in *" --install-only "*) environment "$NOXENVDIR/gpu_matrix" && exit
 words=()
 for word in "$@"; do
     case "$word" in
+    gpu_tests) exec PYTHON -m pytest -q -m gpu ;;
     kernels) exec PYTHON -m cute_runtime build --quiet --variant KERNEL --out out/kernels ;;
     gpu_matrix) words+=(matrix) ;;
     hopper) words+=(cpu) ;;

@@ -1,5 +1,5 @@
 """Writes ``<package>/kernels/variants.bzl``, the names that Bazel builds: each package's ``prebuilt_variants()``, and what the matrix's
-cells need beside them.
+cells, and the tests on a GPU, need beside them.
 
 python -m build_defs.variant_lists            write the files
 python -m build_defs.variant_lists --check    exit with 1 where one of them is stale
@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
 HEADER = '"""Written by `python -m build_defs.variant_lists`: the variants that are built ahead of time, by kernel."""'
-LISTS = {"VARIANTS": "cute_runtime list", "MATRIX_VARIANTS": "testing.matrix kernels"}
-"""Name in the file -> who lists it: what is built with the project, and what is built for the H100 runners only."""
+LISTS = {"VARIANTS": "cute_runtime list", "MATRIX_VARIANTS": "testing.matrix kernels", "TEST_VARIANTS": "build_defs.gpu_kernels"}
+"""Name in the file -> who lists it: what is built with the project, and what only the H100 runners need, for cells and for tests."""
 
 
 def listed(root: Path, command: str) -> list[dict[str, str]]:

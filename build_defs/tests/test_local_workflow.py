@@ -18,7 +18,8 @@ case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && ln -s "$0" .venv/bin/python ;;
 *"--install-only -s gpu_matrix") mkdir -p "$NOXENVDIR/gpu_matrix/bin" && ln -sf "$(realpath "$0")" "$NOXENVDIR/gpu_matrix/bin/python" ;;
 "-m sonicmoe doctor") ;;
-*"-s kernels -- --matrix") mkdir -p out/kernels && echo object > out/kernels/kernel.so ;;
+*"-s kernels -- --tests") mkdir -p out/kernels && echo object > out/kernels/kernel.so ;;
+*"-s gpu_tests") test -f "$SONICMOE_KERNELS/kernel.so" ;;
 *"-s plan"*) echo 'shards={"include": [{"shard": "1/2"}, {"shard": "2/2"}]}' >> "$GITHUB_OUTPUT" ;;
 *"-s gpu_matrix -- --shard "*)
     test -f "$SONICMOE_KERNELS/kernel.so"
@@ -66,27 +67,63 @@ def results(ran: dict[str, local_workflow.Ran]) -> dict[str, str]:
 
 def test_shards_come_from_the_plan_and_all_results_reach_the_gate(workflow):
     ran = workflow()
-    assert results(ran) == {"kernels": "success", "plan": "success", "two-gpus": "skipped", "shards": "success", "gate": "success"}
-    two_gpus, *shown = ran["gate"].summary.strip().splitlines()
+    assert results(ran) == {
+        "kernels": "success",
+        "plan": "success",
+        "gpu-tests": "success",
+        "two-gpus": "skipped",
+        "shards": "success",
+        "gate": "success",
+    }
+    two_gpus, *shown, tests = ran["gate"].summary.strip().splitlines()
     assert two_gpus.startswith("Expert parallelism on two GPUs: skipped; ")
+    assert tests == "Tests on a GPU: success."
     assert " ".join(shown).split() == ["shards/matrix-0/shard-1-of-2.json", "shards/matrix-1/shard-2-of-2.json"]
 
 
 def test_a_bad_result_turns_the_gate_red_and_is_still_shown(workflow):
     ran = workflow("bad")
-    assert results(ran) == {"kernels": "success", "plan": "success", "two-gpus": "skipped", "shards": "success", "gate": "failure"}
+    assert results(ran) == {
+        "kernels": "success",
+        "plan": "success",
+        "gpu-tests": "success",
+        "two-gpus": "skipped",
+        "shards": "success",
+        "gate": "failure",
+    }
     assert ran["gate"].summary.count("shard-1-of-2.json") == 2
+
+
+def test_a_test_that_fails_on_a_gpu_turns_the_gate_red_and_the_results_are_still_shown(workflow):
+    ran = workflow(edit=lambda text: text.replace("-s gpu_tests\n", "-s gpu_tests && false\n"))
+    assert (ran["shards"].result, ran["gpu-tests"].result, ran["gate"].result) == ("success", "failure", "failure")
+    assert "shard-1-of-2.json" in ran["gate"].summary
+    assert ran["gate"].summary.endswith("Tests on a GPU: failure.\n")
 
 
 def test_a_forks_pull_request_reaches_no_shard_and_the_gate_is_red_with_the_reason(workflow):
     ran = workflow(fork=True)
-    assert results(ran) == {"kernels": "success", "plan": "success", "two-gpus": "skipped", "shards": "skipped", "gate": "failure"}
+    assert results(ran) == {
+        "kernels": "success",
+        "plan": "success",
+        "gpu-tests": "skipped",
+        "two-gpus": "skipped",
+        "shards": "skipped",
+        "gate": "failure",
+    }
     assert "this comes from a fork. A maintainer who has read it can push the commit to a gpu/ branch." in ran["gate"].summary
 
 
 def test_kernels_that_do_not_build_turn_the_gate_red(workflow):
-    ran = workflow(edit=lambda text: text.replace("-s kernels -- --matrix", "-s kernels"))
-    assert results(ran) == {"kernels": "failure", "plan": "success", "two-gpus": "skipped", "shards": "skipped", "gate": "failure"}
+    ran = workflow(edit=lambda text: text.replace("-s kernels -- --tests", "-s kernels"))
+    assert results(ran) == {
+        "kernels": "failure",
+        "plan": "success",
+        "gpu-tests": "skipped",
+        "two-gpus": "skipped",
+        "shards": "skipped",
+        "gate": "failure",
+    }
     assert "did not run: kernels failure, plan success" in ran["gate"].summary
 
 

@@ -140,3 +140,46 @@ def test_gpu_is_asked_of_the_driver(noxfile, monkeypatch, tmp_path):
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert [noxfile.is_hopper(gpu) for gpu in noxfile.listed_gpus()] == [True, False]
+
+
+def test_gpu_tests_without_an_sm_90_gpu_are_an_error_and_not_a_success(noxfile, monkeypatch):
+    monkeypatch.setattr(noxfile, "listed_gpus", lambda: ["NVIDIA A100, 8.0"])
+    with pytest.raises(SystemExit, match=r"^gpu_tests needs an sm_90 GPU \(H100, H200\); this machine has NVIDIA A100, 8.0$"):
+        noxfile.gpu_tests(Session())
+
+
+def test_gpu_tests_run_one_by_one_and_name_what_was_compiled_on_the_way(noxfile, monkeypatch, tmp_path):
+    called = []
+
+    def run(session, *command, env):
+        called.append([str(word) for word in command])
+        (tmp_path / "tests" / "pytest.xml").write_text(PYTEST_REPORT)
+        (Path(env["SONICMOE_CACHE"]) / "key").mkdir(parents=True)
+        (Path(env["SONICMOE_CACHE"]) / "key" / "sonicmoe.new-tile.m8.so").touch()
+
+    monkeypatch.setattr(noxfile, "run", run)
+    monkeypatch.setattr(noxfile, "listed_gpus", lambda: ["NVIDIA H100 80GB HBM3, 9.0"])
+    monkeypatch.setattr(noxfile, "interpreter", lambda session, extra: "python")
+    monkeypatch.setattr(noxfile, "system_tool", lambda session, *names: "cc")
+    session = Session()
+    session.posargs = ["dispatch"]
+    noxfile.gpu_tests(session)
+    (command,) = called
+    assert command[-3:] == ["-m", "gpu", "dispatch"]
+    assert command[command.index("-n") + 1] == "0"
+    assert session.warnings == ["not prebuilt, so compiled on the way: sonicmoe.new-tile.m8; see build_defs/gpu_kernels.py"]
+
+
+@pytest.mark.parametrize(("words", "target"), [([], "prebuilt_kernels"), (["--matrix"], "matrix_kernels"), (["--tests"], "gpu_kernels")])
+def test_kernels_builds_the_folder_that_is_asked_for(noxfile, monkeypatch, words, target):
+    built = []
+    monkeypatch.setattr(noxfile, "interpreter", lambda session, extra: "python")
+    monkeypatch.setattr(noxfile, "system_tool", lambda session, *names: names[0])
+    monkeypatch.setattr(noxfile, "bazel_kernels", lambda session, python, destination, target: built.append(target))
+    session = Session()
+    session.posargs = words
+    noxfile.kernels(session)
+    assert built == [target]
+    session.posargs = ["--all"]
+    with pytest.raises(SystemExit, match=r"^kernels takes --matrix, --tests or nothing, not --all$"):
+        noxfile.kernels(session)

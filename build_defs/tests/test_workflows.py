@@ -68,8 +68,8 @@ def test_gate_always_reports_on_all_jobs():
     assert "exit 1" in first["run"]
 
 
-def test_only_shards_and_two_gpus_use_h100s():
-    assert [name for name, job in jobs(GPU).items() if "self-hosted" in job["runs-on"]] == ["shards", "two-gpus"]
+def test_only_shards_and_tests_use_h100s():
+    assert [name for name, job in jobs(GPU).items() if "self-hosted" in job["runs-on"]] == ["shards", "gpu-tests", "two-gpus"]
     assert jobs(GPU)["shards"]["strategy"]["fail-fast"] is False
 
 

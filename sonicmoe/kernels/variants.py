@@ -76,24 +76,48 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
     return Variant("sonicmoe.kernels.dx_rows", {"tile": tile.name, "dtype": dtype} | _stored(transposed))
 
 
-def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool) -> list[Variant]:
-    """All that a layer with these options can load, whatever its sizes, in inference and in training of all its parameters."""
-    layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved}
-    up = [up_projection(tile=tile, **layer, store_z=store_z, bias=bias) for tile, store_z in product((TALL, PAIR), (True, False))]
-    up.append(up_projection(tile=SMALL, **layer, store_z=False, bias=bias))
-    down = [down_projection(tile=tile, dtype=dtype, bias=bias) for tile in (SMALL, TALL, BROAD, SQUARE)]
-    results = {"dz": True, "dscore": True, "scaled_a": True}
-    backward = [activation_backward(tile=tile, **layer, **results) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
-    weights = _weight_grads(dtype=dtype, add=False)
+def up_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
+    """All that the up-projection of a layer with these options can load, whatever its sizes, in inference and in training."""
+    layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "bias": bias, "transposed": transposed}
+    tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product((TALL, PAIR), (True, False))]
+    return [*tiles, up_projection(tile=SMALL, **layer, store_z=False)]
+
+
+def down_variants(*, dtype: str, bias: bool, transposed: bool = False) -> list[Variant]:
+    """The same of the down-projection."""
+    return [down_projection(tile=tile, dtype=dtype, bias=bias, transposed=transposed) for tile in (SMALL, TALL, BROAD, SQUARE)]
+
+
+def backward_variants(
+    *,
+    dtype: str,
+    activation: str,
+    interleaved: bool,
+    bias: bool,
+    transposed: bool = False,
+    results: tuple[str, ...] = ("dz", "dscore", "scaled_a"),
+) -> list[Variant]:
+    """The same of the backward. ``results``: of activation_backward.py; all of them where all of the layer's parameters train."""
+    wanted = {name: name in results for name in ("dz", "dscore", "scaled_a")}
+    layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "transposed": transposed}
+    first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
+    weights = weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
-    return up + down + backward + weights + biases + [dx_rows(tile=tile, dtype=dtype) for tile in (WIDE, SQUARE)]
+    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (WIDE, SQUARE)]
 
 
-def _weight_grads(*, dtype: str, add: bool) -> list[Variant]:
+def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
+    """All that a layer with these options can load, whatever its sizes, in inference and in training of all its parameters."""
+    layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "bias": bias, "transposed": transposed}
+    return up_variants(**layer) + down_variants(dtype=dtype, bias=bias, transposed=transposed) + backward_variants(**layer)
+
+
+def weight_grads(*, dtype: str, add: bool) -> list[Variant]:
+    """Both weights' gradients, stored, or added into float32 buffers."""
     return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((WIDE, PAIR), (False, True))]
 
 
 def prebuilt_variants() -> list[Variant]:
     """What most models use: bfloat16, swiglu in both layouts, no bias; with main gradients too."""
     layouts = [layer_variants(dtype="bfloat16", activation="swiglu", interleaved=interleaved, bias=False) for interleaved in (True, False)]
-    return list(dict.fromkeys(variant for variants in (*layouts, _weight_grads(dtype="bfloat16", add=True)) for variant in variants))
+    return list(dict.fromkeys(variant for variants in (*layouts, weight_grads(dtype="bfloat16", add=True)) for variant in variants))

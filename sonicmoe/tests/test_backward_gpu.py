@@ -1,9 +1,12 @@
 """The backward's kernels on an sm_90 GPU: values against float64 element by element, tails, bits."""
 
+import itertools
+
 import pytest
 import torch
 
 from sonicmoe.backends import hopper_backward
+from sonicmoe.kernels import variants
 from sonicmoe.tests.backward_cases import (
     Case,
     check_activation_backward,
@@ -12,6 +15,7 @@ from sonicmoe.tests.backward_cases import (
     check_weight_grads,
     poison_new_tensors,
 )
+from sonicmoe.tests.kernel_options import kernel_options
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +39,26 @@ VARIANTS = [
     ("gelu", "interleaved", False, torch.bfloat16),
     ("relu_squared", "interleaved", True, torch.bfloat16),
 ]
+"""activation, layout, bias and dtype of activation_backward."""
+
+LAYOUTS = ["interleaved", "concatenated"]
+DTYPES = [torch.bfloat16, torch.float16]
+NEEDS = ["need_dz", "need_dscore", "need_scaled_a"]
+WEIGHT_GRADS = [("swiglu", True, torch.bfloat16), ("relu", False, torch.float16)]
+ADDED = [("swiglu", torch.bfloat16), ("relu", torch.float16)]
+
+
+def gpu_kernels():
+    """What these tests load, for `build_defs.gpu_kernels`."""
+    layers = [kernel_options(*variant) for variant in VARIANTS]
+    layers += [kernel_options(layout=layout) for layout in LAYOUTS]
+    layers += [kernel_options(activation, bias=bias, dtype=dtype) for activation, bias, dtype in WEIGHT_GRADS]
+    layers += [kernel_options(dtype=dtype) for dtype in DTYPES]
+    layers += [kernel_options(dtype=dtype) | {"transposed": True} for dtype in DTYPES]
+    layers += [kernel_options() | {"results": (need.removeprefix("need_"),)} for need in NEEDS if need != "need_scaled_a"]
+    found = [variants.backward_variants(**layer) for layer in layers]
+    found += [variants.weight_grads(dtype=kernel_options(dtype=dtype)["dtype"], add=True) for _, dtype in ADDED]
+    return list(itertools.chain.from_iterable(found))
 
 
 @pytest.fixture(autouse=True)
@@ -58,24 +82,24 @@ def test_activation_backward_matches_float64(counts, activation, layout, bias, d
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_dz_may_take_the_memory_of_z(layout):
     case = Case(136, 328, 100, [5, 0, 130, 64, 1, 300, 128, 0], dtype=torch.bfloat16, layout=layout)
     apart, over = (check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=over) for over in (False, True))
     assert_same_bits(apart[::2], over[::2], case.rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_may_be_stored_with_their_last_dimensions_exchanged(dtype):
     case = Case(136, 72, 100, [5, 0, 130, 64, 1, 300, 128, 0], dtype=dtype, transposed=True)
     check_activation_backward(case, hopper_backward.activation_backward)
     check_dx_rows(case, hopper_backward.dx_rows)
 
 
-@pytest.mark.parametrize("needs", ["need_dz", "need_dscore", "need_scaled_a"])
+@pytest.mark.parametrize("needs", NEEDS)
 def test_what_is_not_needed_is_not_made(needs):
     case = Case(136, 72, 100, [5, 0, 130, 64], dtype=torch.bfloat16)
-    alone = {name: name == needs for name in ("need_dz", "need_dscore", "need_scaled_a")}
+    alone = {name: name == needs for name in NEEDS}
     if needs != "need_scaled_a":
         check_activation_backward(case, hopper_backward.activation_backward, **alone)
     else:
@@ -88,7 +112,7 @@ def test_what_is_not_needed_is_not_made(needs):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(("activation", "bias", "dtype"), [("swiglu", True, torch.bfloat16), ("relu", False, torch.float16)])
+@pytest.mark.parametrize(("activation", "bias", "dtype"), WEIGHT_GRADS)
 def test_weight_gradients_match_float64(counts, activation, bias, dtype):
     case = Case(*COUNTS[counts], dtype=dtype, activation=activation)
     operations = hopper_backward.down_weight_grad, hopper_backward.up_weight_grad
@@ -97,14 +121,14 @@ def test_weight_gradients_match_float64(counts, activation, bias, dtype):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(("activation", "dtype"), [("swiglu", torch.bfloat16), ("relu", torch.float16)])
+@pytest.mark.parametrize(("activation", "dtype"), ADDED)
 def test_weight_gradients_are_added_to_float32_buffers(counts, activation, dtype):
     case = Case(*COUNTS[counts], dtype=dtype, activation=activation)
     check_added_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dx_rows_match_float64(counts, dtype):
     case = Case(*COUNTS[counts], dtype=dtype)
     first, second = (check_dx_rows(case, hopper_backward.dx_rows) for _ in range(2))

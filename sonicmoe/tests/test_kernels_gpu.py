@@ -13,7 +13,10 @@ from routing import Routing
 from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.backends import hopper
+from sonicmoe.backends.arguments import DTYPES
+from sonicmoe.kernels import variants
 from sonicmoe.tests.backward_cases import poison_new_tensors
+from sonicmoe.tests.kernel_options import kernel_options
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +38,29 @@ COUNTS = {
     "no row": (64, 64, 4, [0, 0]),
 }
 """H, I, T and the experts' rows."""
+
+UP = [
+    ("swiglu", "interleaved", False, torch.bfloat16),
+    ("swiglu", "concatenated", False, torch.bfloat16),
+    ("geglu", "interleaved", True, torch.float16),
+    ("relu_squared", "interleaved", True, torch.bfloat16),
+]
+DOWN = [(False, torch.bfloat16), (True, torch.float16)]
+LAYOUTS = ["interleaved", "concatenated"]
+EXCHANGED = "swiglu_oai"
+"""The activation of weights whose last dimensions are exchanged."""
+
+
+def gpu_kernels():
+    """What these tests load, for `build_defs.gpu_kernels`; the layers among them have prebuilt kernels."""
+    ups = [kernel_options(*variant) for variant in UP]
+    downs = [{"dtype": DTYPES[dtype], "bias": bias} for bias, dtype in DOWN]
+    for transposed in (True, False):
+        ups += [kernel_options(EXCHANGED, layout, bias=True) | {"transposed": transposed} for layout in LAYOUTS]
+        downs.append({"dtype": "bfloat16", "bias": False, "transposed": transposed})
+    found = [variants.up_variants(**options) for options in ups] + [variants.down_variants(**options) for options in downs]
+    return list(itertools.chain.from_iterable(found))
+
 
 TAIL = 37
 """Rows behind the last expert's."""
@@ -67,15 +93,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("case", COUNTS)
-@pytest.mark.parametrize(
-    ("activation", "layout", "bias", "dtype"),
-    [
-        ("swiglu", "interleaved", False, torch.bfloat16),
-        ("swiglu", "concatenated", False, torch.bfloat16),
-        ("geglu", "interleaved", True, torch.float16),
-        ("relu_squared", "interleaved", True, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("activation", "layout", "bias", "dtype"), UP)
 @pytest.mark.usefixtures("poisoned")
 def test_up_projection_matches_float64(case, activation, layout, bias, dtype):
     H, I, T, counts = COUNTS[case]
@@ -98,7 +116,7 @@ def test_up_projection_matches_float64(case, activation, layout, bias, dtype):
 
 
 @pytest.mark.parametrize("case", COUNTS)
-@pytest.mark.parametrize(("bias", "dtype"), [(False, torch.bfloat16), (True, torch.float16)])
+@pytest.mark.parametrize(("bias", "dtype"), DOWN)
 @pytest.mark.usefixtures("poisoned")
 def test_down_projection_matches_float64(case, bias, dtype):
     H, I, T, counts = COUNTS[case]
@@ -113,7 +131,7 @@ def test_down_projection_matches_float64(case, bias, dtype):
 
 
 @pytest.mark.parametrize("case", COUNTS)
-@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("poisoned")
 def test_weights_may_be_stored_with_their_last_dimensions_exchanged(case, layout):
     H, I, T, counts = COUNTS[case]
@@ -121,7 +139,7 @@ def test_weights_may_be_stored_with_their_last_dimensions_exchanged(case, layout
     x, b = randn(T, H, dtype=torch.bfloat16), randn(len(counts), 2 * I, dtype=torch.bfloat16)
     w_up = randn(len(counts), H, 2 * I, dtype=torch.bfloat16, scale=H**-0.5).mT
     w_down = randn(len(counts), I, H, dtype=torch.bfloat16, scale=I**-0.5).mT
-    options = {"activation": "swiglu_oai", "gate_up_layout": layout, "store_z": True}
+    options = {"activation": EXCHANGED, "gate_up_layout": layout, "store_z": True}
     got, want = (hopper.up_projection(x, w, b, plan, **options) for w in (w_up, w_up.contiguous()))
     y, expected = (hopper.down_projection(want[0], w, None, plan) for w in (w_down, w_down.contiguous()))
     assert not want[0][:rows].isnan().any()

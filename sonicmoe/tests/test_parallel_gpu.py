@@ -5,8 +5,10 @@ import torch
 
 from sonicmoe import accuracy
 from sonicmoe.cases import DTYPES
+from sonicmoe.kernels.variants import layer_variants
 from sonicmoe.parallel import symmetric
 from sonicmoe.tests import parallel_checks as checks
+from sonicmoe.tests.kernel_options import kernel_options
 from sonicmoe.tests.local_group import LocalGroup
 from sonicmoe.thiek import Thiek
 
@@ -34,6 +36,12 @@ CASES = {
     "a rank without tokens": ([0, 500], {}),
     "everyone to one rank": ([300, 400], {"everyone_to": 1}),
 }
+
+
+def gpu_kernels():
+    """What these tests load, for `build_defs.gpu_kernels`."""
+    biases = {options.get("bias", False) for _, options in CASES.values()}
+    return [variant for bias in biases for variant in layer_variants(**kernel_options(bias=bias))]
 
 
 @pytest.mark.parametrize("transport", ["all_to_all", pytest.param("symmetric_memory", marks=needs_symmetric_memory)])

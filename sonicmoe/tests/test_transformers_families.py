@@ -9,6 +9,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from sonicmoe import accuracy  # noqa: E402
 from sonicmoe.integrations import transformers as integration  # noqa: E402
+from sonicmoe.kernels.variants import layer_variants  # noqa: E402
+from sonicmoe.tests.kernel_options import kernel_options  # noqa: E402
 
 BFLOAT16 = accuracy.THRESHOLDS[torch.bfloat16]
 LAYERS, EXPERTS, K = 2, 32, 2
@@ -40,6 +42,17 @@ FAMILIES = {
 ON_CPU = [pytest.param(family, "cpu", id=family) for family in FAMILIES]
 ON_GPU = [pytest.param(family, "cuda", id=f"{family}-cuda", marks=pytest.mark.gpu) for family in FAMILIES]
 """(family, device): bfloat16 on an sm_90 GPU is our kernels."""
+
+
+def gpu_kernels():
+    """What the families on a GPU load, for `build_defs.gpu_kernels`: what their experts declare, in bfloat16."""
+    found = []
+    for family in FAMILIES:
+        experts = make_model(family, num_hidden_layers=1, layer_types=["full_attention"]).model.layers[0].mlp.experts
+        activation, layout = integration._options(experts)
+        found += layer_variants(**kernel_options(activation, layout, experts.has_bias), transposed=experts.is_transposed)
+    return found
+
 
 # Two rows, the second padded on the left; 7 positions times K = 2 are fewer slots than there are experts.
 TOKENS = torch.tensor([[5, 9, 33, 2, 17, 60, 41], [0, 0, 0, 7, 12, 50, 28]])

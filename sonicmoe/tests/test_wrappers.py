@@ -11,13 +11,21 @@ import torch.multiprocessing
 from torch.utils.checkpoint import checkpoint
 
 from sonicmoe import MoE
+from sonicmoe.kernels.variants import layer_variants
 from sonicmoe.tests import wrapper_checks
+from sonicmoe.tests.kernel_options import kernel_options
 
 
 def run(folder, processes, device_type):
     """[process][check][tensor]: the error against the layer alone."""
     torch.multiprocessing.spawn(wrapper_checks.run, args=(str(folder), processes, device_type), nprocs=processes)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def gpu_kernels():
+    """What the checks in bfloat16 load, for `build_defs.gpu_kernels`."""
+    layer = wrapper_checks.make_layer()
+    return layer_variants(**kernel_options(layer.activation, layer.gate_up_layout, layer.b_up is not None))
 
 
 @pytest.fixture(scope="module")

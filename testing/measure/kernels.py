@@ -376,13 +376,17 @@ def _run(kernel: Kernel, tile: Tile | None, data: Data, _: object) -> None:
         kernel.run(data)
 
 
+def tile_variants() -> list[Variant]:
+    """What the suite ``tiles`` loads."""
+    return list(dict.fromkeys(variant for kernel in KERNELS for tile in kernel.tiles for variant in kernel.variant(tile)))
+
+
 def main() -> int:
     """Builds the variants of the suite ``tiles``."""
     parser = argparse.ArgumentParser(prog="python -m testing.measure.kernels", description=main.__doc__)
     parser.add_argument("out", metavar="DIR", help="where the kernels go; name it in SONICMOE_KERNELS on the GPU machine")
-    wanted = dict.fromkeys(variant for kernel in KERNELS for tile in kernel.tiles for variant in kernel.variant(tile))
     failures = build_all(
-        wanted,
+        tile_variants(),
         parser.parse_args().out,
         jobs=os.cpu_count() or 1,
         on_done=lambda variant, failure: print(f"{'FAILED' if failure else 'built'} {variant.name}", flush=True),

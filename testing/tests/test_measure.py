@@ -334,6 +334,11 @@ def test_an_item_without_a_gpu_says_what_it_needs():
     assert run.run_item(Item("a/b", lambda: [], "needs x"))[0]["why"] == "needs x"
 
 
+def gpu_kernels():
+    """What the suite of all tiles loads, for `build_defs.gpu_kernels`; the others take prebuilt ones."""
+    return kernels.tile_variants()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("suite", registry.SUITES)
 def test_a_suite_runs_on_the_gpu(tmp_path, suite):
