@@ -582,7 +582,7 @@ class GroupedGemm:
     @cute.jit
     def _follow(self, full, empty, stage: Int32, phase: Int32, k_tiles: Int32, consumer: Int32):
         """Leaves every stage of a tile unread, keeping the barriers' count."""
-        for k in cutlass.range(k_tiles, unroll=1):
+        for _ in cutlass.range(k_tiles, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             self._release(empty, stage)
             stage += 1
