@@ -150,7 +150,8 @@ class RowReduction(GroupedGemm):
             threads = cutlass.min(cute.ceil_div(columns, 64), self.group_size) * 128
             piece = cute.arch.thread_idx()[0] - 128  # of 16 bytes, 8 a line
             begin = pointer.toint() + stage * (tile.n * TILE_K * 2)
-            for _ in cutlass.range_constexpr(tile.n * 8 // 128):
+            # Not unrolled: with the accumulators there are no registers for the addresses of all turns.
+            for _ in cutlass.range(cute.ceil_div(const_expr(tile.n * 8), threads), unroll=1):
                 line = piece // 8  # of 64 rows of each block of 64 columns
                 row = line % TILE_K
                 block = line // TILE_K

@@ -13,7 +13,7 @@ from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate
 from sonicmoe.backends import hopper, hopper_backward
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import BROAD, TALL, TILES, WIDE
+from sonicmoe.kernels.tiles import BROAD, PAIR, TALL, TILES, WIDE, weight_grad_tile
 from sonicmoe.tests.backward_cases import (
     Case,
     assert_near,
@@ -60,6 +60,15 @@ def test_activation_backward_matches_float64(overwrite_z):
 def test_weight_and_bias_gradients_match_float64():
     case = make_case()
     in_every_order(lambda: check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=True))
+
+
+def test_weight_gradients_of_experts_with_several_stages_match_float64():
+    """Three consumers of 64 columns of A each, of which the last of the second tile has none and does not come to the tail's barrier."""
+    case = Case(264, 72, 100, [450, 1, 390], dtype=torch.bfloat16, device="cpu")
+    assert weight_grad_tile(rows=case.rows, experts=len(case.counts)) is PAIR
+    with emulator.emulation() as launches:
+        check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=False)
+    assert {launch.block for launch in launches} == {(PAIR.threads, 1, 1)}
 
 
 def test_experts_of_the_bias_gradients_lie_along_the_one_direction_of_a_grid_that_is_long():
@@ -137,6 +146,8 @@ PRODUCTS = [
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=False),
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True),
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True, add=True),
+    variants.weight_grad(tile=PAIR, dtype="bfloat16", transposed=False),
+    variants.weight_grad(tile=PAIR, dtype="bfloat16", transposed=True),
     variants.dx_rows(tile=TALL, dtype="bfloat16"),
     variants.up_projection(
         tile=TALL, dtype="bfloat16", activation="swiglu_oai", interleaved=True, store_z=True, bias=True, transposed=True
