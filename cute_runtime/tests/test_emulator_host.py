@@ -53,7 +53,7 @@ def test_cpu_is_the_device_only_within_emulation(monkeypatch):
     with pytest.raises(ValueError, match="tensor: device cpu: must be a GPU"):
         checks.check_launch(tensor=tensor)
     kept(tensor, 2)  # a host half that keeps its kernel meets the real one again
-    assert calls == [("toy.gemm", (tensor, 1), {"seed": 5, "resident": 2}), ("real", tensor, 2)]
+    assert calls == [("toy.gemm", (tensor, 1), {"seed": 5, "history": [], "resident": 2}), ("real", tensor, 2)]
 
 
 @pytest.mark.parametrize(
