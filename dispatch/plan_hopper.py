@@ -18,7 +18,7 @@ import torch
 import cute_runtime
 from dispatch.chunk_counts import DTYPE_NAME, MAX_SIZE, check_sizes, chunk_sizes, chunks
 from dispatch.kernels import variants
-from dispatch.kernels.sizes import FEW_SLOTS, MAX_BINS
+from dispatch.kernels.sizes import FEW_SLOTS, MAX_BINS, TICKETS
 from dispatch.types import DispatchPlan, packed_size, unpack
 
 
@@ -85,7 +85,7 @@ class UniformLaunch(NamedTuple):
     kernel: Callable[..., None]
     size: int
     """Elements of the packed plan."""
-    sizes: tuple[int, int, int, int, int, int]
+    sizes: tuple[int, int, int, int, int, int, int]
     """Of the packed plan's parts, as types.unpack has them."""
     counts: tuple[int, int] | None
     """Shape of the chunks' counts; None where one block plans all slots."""
@@ -98,14 +98,15 @@ class UniformLaunch(NamedTuple):
         """``expert_index`` (R,) is checked, contiguous, and on the current device."""
         # Without a dtype, of an int32 tensor: half the host time.
         packed = expert_index.new_empty(self.size) if self.narrow else expert_index.new_empty(self.size, dtype=torch.int32)
-        row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets = packed.split_with_sizes(self.sizes)
-        rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
+        row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets, tickets = packed.split_with_sizes(self.sizes)
+        rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots, tickets)
         if self.counts is None:
             self.kernel(expert_index, *rows, *self.numbers)
         else:
             self.kernel(expert_index, None, packed.new_empty(*self.counts), None, None, *rows, *self.numbers)
         experts, tokens, k = self.sizes[4] - 1, self.sizes[5] - 1, self.numbers[-1]
-        return packed, DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, tokens, experts, k)
+        plan = DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, tokens, experts, k, tickets)
+        return packed, plan
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,7 +118,7 @@ def uniform_launch(num_tokens: int, num_experts: int, slots_per_token: int, inde
     (4096,256,8) in a CUDA graph.
     """
     slots = num_tokens * slots_per_token
-    sizes = (slots, slots, slots, slots, num_experts + 1, num_tokens + 1)
+    sizes = (slots, slots, slots, slots, num_experts + 1, num_tokens + 1, TICKETS)
     packed, narrow = packed_size(slots, num_tokens, num_experts), index == torch.int32
     if slots <= FEW_SLOTS:
         return UniformLaunch(_load_plan_few(index), packed, sizes, None, (num_experts, slots_per_token), narrow)
@@ -133,7 +134,7 @@ def _plan_uniform(expert_index: torch.Tensor, plan: DispatchPlan) -> None:
     key = _like(expert_index)
     _load_keys(expert_index.dtype, False)(None, expert_index, None, key, plan.num_tokens, plan.num_experts)
     order = _sorted_slots(key, None, plan.num_experts, low_digits)
-    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.token_offsets, plan.token_slots)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.token_offsets, plan.token_slots, plan.tickets)
     _place("uniform", key, order, last, plan.num_experts, None, None, *rows, plan.slots_per_token)
     _load_bounds()(key, plan.row_to_slot, plan.offsets)
 
@@ -150,7 +151,7 @@ def _plan_any(token_index: torch.Tensor, expert_index: torch.Tensor, plan: Dispa
     order = plan.token_slots
     if low_digits:
         order = _sorted_slots(expert_key, order, plan.num_experts, low_digits)
-    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, None, None)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, None, None, plan.tickets)
     _place("rows", expert_key, order, last, plan.num_experts, token_key, None, *rows, 0)
     if low_digits:
         _load_bounds()(expert_key, plan.row_to_slot, plan.offsets)
@@ -167,9 +168,9 @@ def _sort_slots(key: torch.Tensor, order: torch.Tensor | None, size: int, passes
     """The same into ``out`` (R,)."""
     for digit in passes[:-1]:
         order_out = _like(key)
-        _place("order", key, order, digit, size, None, order_out, *[None] * 6, 0)
+        _place("order", key, order, digit, size, None, order_out, *[None] * 7, 0)
         order = order_out
-    _place("order", key, order, passes[-1], size, None, out, *[None] * 6, 0)
+    _place("order", key, order, passes[-1], size, None, out, *[None] * 7, 0)
 
 
 def _place(

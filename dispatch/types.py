@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from dispatch.kernels.sizes import TICKETS
+
 
 class DispatchPlan(NamedTuple):
     """Who goes where: the rows of all experts, one expert's rows next to each other, ascending by token within an expert.
@@ -43,28 +45,30 @@ class DispatchPlan(NamedTuple):
     num_experts: int
     slots_per_token: int | None
     """K when slot ``t * K + j`` is token t's j-th choice, else None."""
+    tickets: torch.Tensor | None = None
+    """(TICKETS,) zeros, by which the blocks of a kernel share out its tiles: a kernel counts in its own one, and leaves it zero. So
+    one kernel may not run twice at a time on the same plan. None: whoever needs them makes some."""
 
 
 def pack(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The first six fields of a plan as the one tensor that :func:`unpack` takes apart."""
     offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots = tensors
-    return torch.cat((row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets))
+    return torch.cat((row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets, offsets.new_zeros(TICKETS)))
 
 
 def packed_size(num_slots: int, num_tokens: int, num_experts: int) -> int:
-    """Elements of a packed plan: 4 R + (E + 1) + (T + 1)."""
-    return 4 * num_slots + num_experts + num_tokens + 2
+    """Elements of a packed plan: 4 R + (E + 1) + (T + 1) + TICKETS."""
+    return 4 * num_slots + num_experts + num_tokens + 2 + TICKETS
 
 
 def unpack(packed: torch.Tensor, num_slots: int, num_tokens: int, num_experts: int, slots_per_token: int | None) -> DispatchPlan:
     """The plan whose tensors are views of ``packed``, in one call: row_to_token, row_to_slot, slot_to_row, token_slots, offsets,
-    token_offsets.
+    token_offsets, tickets.
 
     One tensor is what an operator returns and what backward keeps. Those of R elements come first, so that they keep the alignment
     that R allows.
     """
-    sizes = (num_slots, num_slots, num_slots, num_slots, num_experts + 1, num_tokens + 1)
-    row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets = packed.split_with_sizes(sizes)
-    return DispatchPlan(
-        offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, num_tokens, num_experts, slots_per_token
-    )
+    sizes = (num_slots, num_slots, num_slots, num_slots, num_experts + 1, num_tokens + 1, TICKETS)
+    row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets, tickets = packed.split_with_sizes(sizes)
+    rows = (offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots)
+    return DispatchPlan(*rows, num_tokens, num_experts, slots_per_token, tickets)

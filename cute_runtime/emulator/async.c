@@ -195,6 +195,19 @@ static void bulk(struct warp *warp, const struct instruction *in, u32 lanes) {
     }
 }
 
+/* args: shared address, value, mbarrier address. A load of what is in a register. */
+static void store_async(struct warp *warp, const struct instruction *in, u32 lanes) {
+    const s32 *args = engine.launch->args + in->first;
+    FOR_LANES(l, lanes) {
+        struct operation *operation = issue(warp, in, TILE_LOAD, LOAD, 1u << l);
+        operation->shared = (u32)address_operand(warp, args, l);
+        operation->value = REGISTER(u32, warp, args[3])[l];
+        operation->mbarrier = (u32)address_operand(warp, args + 4, l);
+        operation->size = 4, operation->inlined = true;
+        issue_tile(operation);
+    }
+}
+
 static void product(struct warp *warp, const struct instruction *in) {
     const s32 *args = engine.launch->args + in->first;
     struct operation *operation = issue(warp, in, MATRIX_PRODUCT, PRODUCT, ALL_LANES);
@@ -219,6 +232,7 @@ bool asynchronous(struct warp *warp, struct split *split, const struct instructi
     case OP_cp_async_commit: commit(warp, lanes, COPY_GROUPS, COPY); break;
     case OP_cp_async_wait: wait_groups(warp, lanes, COPY_GROUPS, COPY, (u32)in->a); break;
     case OP_cp_async_arrive: copy_arrive(warp, in, lanes); break;
+    case OP_st_async: store_async(warp, in, lanes); break;
     case OP_bulk_commit: commit(warp, lanes, STORE_GROUPS, STORE); break;
     case OP_bulk_wait: wait_groups(warp, lanes, STORE_GROUPS, STORE, (u32)in->a); break;
     case OP_wgmma: product(warp, in); break;

@@ -178,6 +178,8 @@ struct operation {
     /* tiles */
     u32 shared, mbarrier, multicast, size;
     u64 global, map;
+    u32 value; /* of st.async, which writes it where a load would write what it read */
+    bool inlined;
     s32 coordinate[MAX_RANK];
     bool reduce;
     /* products */

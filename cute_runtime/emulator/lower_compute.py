@@ -264,6 +264,9 @@ def _cache_hints(s: Lowering) -> None:
 
 @handles("ld", "ldu", "st")
 def _load_store(s: Lowering) -> None:
+    if s.take("async"):
+        _store_async(s)
+        return
     policy = any(name.endswith("cache_hint") for name in s.modifiers)
     s.count(3 if policy else 2)
     _cache_hints(s)
@@ -290,6 +293,17 @@ def _load_store(s: Lowering) -> None:
     s.emit(s.name.replace("ldu", "ld"), args, a=space, b=s.type_number(ptx_type))
     if acquires:
         s.emit("fence_device")
+
+
+def _store_async(s: Lowering) -> None:
+    s.count(3)
+    s.take("weak")
+    s.need("shared::cluster")
+    s.need("mbarrier::complete_tx::bytes")
+    if TYPE_BYTES[s.ptx_type()] != 4:
+        raise PTXError("of anything but 4 bytes is not emulated")
+    address, value, barrier = s.operands
+    s.emit("st_async", [*s.address(address), s.source(value, 4), *s.address(barrier)])
 
 
 @handles("atom", "red")

@@ -99,7 +99,7 @@
     X(shfl) X(vote) X(match_any) X(match_all) X(redux) X(elect) \
     X(bar_warp) X(bar_sync) X(bar_arrive) X(cluster_arrive) X(cluster_wait) X(mbarrier_init) X(mbarrier_inval) X(mbarrier_arrive) \
     X(mbarrier_expect) X(mbarrier_wait) X(fence_async) X(fence_mbarrier_init) X(fence_device) X(grid_wait) \
-    X(cp_async) X(cp_async_commit) X(cp_async_wait) X(cp_async_arrive) X(tile_load) X(tile_store) X(bulk_load) X(bulk_store) \
+    X(cp_async) X(cp_async_commit) X(cp_async_wait) X(cp_async_arrive) X(tile_load) X(tile_store) X(bulk_load) X(bulk_store) X(st_async) \
     X(bulk_commit) X(bulk_wait) X(wgmma) X(wgmma_fence) X(wgmma_commit) X(wgmma_wait) \
     X(bra) X(ret) X(trap)
 

@@ -125,11 +125,13 @@ void issue_tile(struct operation *operation) {
         bytes = box_bytes(&map);
         alignment = 128;
         operation->size = bytes;
+    } else if (operation->inlined) {
+        alignment = bytes;
     } else {
         if (bytes % 16 || !bytes) fail("bulk copy of %u bytes: must be a multiple of 16", bytes);
         global_bytes(operation->global, bytes, load ? READ : WRITE);
     }
-    if (operation->shared % alignment) fail("bulk copy: shared address 0x%x: must be aligned to %u bytes", operation->shared, alignment);
+    if (operation->shared % alignment) fail("%s: shared address 0x%x: must be aligned to %u bytes", operation->inlined ? "st.async" : "bulk copy", operation->shared, alignment);
     engine.statistics[load ? BYTES_LOADED : BYTES_STORED] += bytes;
     if (!load) {
         u32 at = operation->shared;
@@ -157,7 +159,8 @@ void load_tile(const struct operation *operation) {
     FOR_LANES(rank, targets_of(operation)) {
         u32 at;
         struct block *block = target_block(operation, rank, &at);
-        if (!operation->map) memcpy(block->shared + at, (const void *)(uintptr_t)operation->global, operation->size);
+        if (operation->inlined) memcpy(block->shared + at, &operation->value, operation->size);
+        else if (!operation->map) memcpy(block->shared + at, (const void *)(uintptr_t)operation->global, operation->size);
         else {
             u32 line = (u32)(map.box[0] * map.element);
             for (u32 r = 0; r < operation->size / line; r++) {

@@ -26,7 +26,7 @@ from cutlass import cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from dispatch.kernels.chunks import WARPS, histogram_kernel, key_of, rank_in_warp, scan_bins, slot_at, sum_chunks
-from dispatch.kernels.sizes import ITEMS, MAX_BINS, THREADS, TILE
+from dispatch.kernels.sizes import ITEMS, MAX_BINS, THREADS, TICKETS, TILE
 
 _ELEMENT = {"int32": cutlass.Int32, "int64": cutlass.Int64}
 
@@ -90,6 +90,7 @@ def _place_kernel(
     token_key: cute.Tensor | None,
     order_out: cute.Tensor | None,
     offsets: cute.Tensor | None,
+    tickets: cute.Tensor | None,
     rows: tuple | None,
     length: cutlass.Int32,
     size: cutlass.Int32,
@@ -126,6 +127,8 @@ def _place_kernel(
     sum_chunks(counts, chunk, scratch, before, total)
     scan_bins(total, base, stride, warp_sums)
     if cutlass.const_expr(offsets is not None):
+        if (chunk == 0) & (thread < TICKETS):
+            tickets[thread] = 0
         # Whole keys: bin e is expert e, and the bin of the sentinels begins at the number of rows in use.
         if (chunk == 0) & (mask >= size):
             for bin in cutlass.range(thread, size + 1, THREADS, unroll=1):
@@ -188,6 +191,7 @@ def _place(
     slot_to_row: cute.Tensor | None,
     token_offsets: cute.Tensor | None,
     token_slots: cute.Tensor | None,
+    tickets: cute.Tensor | None,
     length: cutlass.Int32,
     size: cutlass.Int32,
     shift: cutlass.Int32,
@@ -199,14 +203,15 @@ def _place(
     histogram_kernel(index, order, counts, length, size, shift, mask).launch(grid=grid, block=block, stream=stream)
     rows = (row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
     _place_kernel(
-        index, order, counts, token_key, order_out, offsets, rows, length, size, shift, mask, slots_per_token
+        index, order, counts, token_key, order_out, offsets, tickets, rows, length, size, shift, mask, slots_per_token
     ).launch(grid=grid, block=block, stream=stream, use_pdl=True)  # fmt: skip
 
 
 def trace(*, index: str, ordered: bool, output: str) -> tuple:
     """What is compiled: ``(index (R,), order (R,) | None, counts (C, S), token_key (R,) | None, order_out (R,) | None,
     offsets (size + 1,) | None, row_to_slot (R,) | None, row_to_token (R,) | None, slot_to_row (R,) | None,
-    token_offsets (T + 1,) | None, token_slots (R,) | None, positions a chunk, size, shift, mask, K)``; int32 but for index.
+    token_offsets (T + 1,) | None, token_slots (R,) | None, tickets (TICKETS,) | None, positions a chunk, size, shift, mask, K)``;
+    int32 but for index.
 
     Args:
         index: dtype of the ids, int32 or int64.
@@ -215,7 +220,7 @@ def trace(*, index: str, ordered: bool, output: str) -> tuple:
     """
     R = cute.sym_int()
 
-    def vector(present: bool, count: cute.SymInt, element: type[cutlass.Numeric] = cutlass.Int32) -> cute.Tensor | None:
+    def vector(present: bool, count: cute.SymInt | int, element: type[cutlass.Numeric] = cutlass.Int32) -> cute.Tensor | None:
         return make_fake_compact_tensor(element, (count,), assumed_align=element.width // 8) if present else None
 
     rows, uniform = output in ("rows", "uniform"), output == "uniform"
@@ -229,6 +234,7 @@ def trace(*, index: str, ordered: bool, output: str) -> tuple:
         *(vector(rows, R) for _ in range(3)),
         vector(uniform, cute.sym_int()),
         vector(uniform, R),
+        vector(rows, TICKETS),
         *(cutlass.Int32(1) for _ in range(5)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

@@ -22,13 +22,15 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from dispatch.kernels.chunks import WARPS, key_of, rank_in_warp, scan_bins
 from dispatch.kernels.place import write_by_row, write_by_slot
-from dispatch.kernels.sizes import FEW_ITEMS, MAX_BINS, THREADS
+from dispatch.kernels.sizes import FEW_ITEMS, MAX_BINS, THREADS, TICKETS
 
 _ELEMENT = {"int32": cutlass.Int32, "int64": cutlass.Int64}
 
 
 @cute.kernel
-def _plan_few_kernel(index: cute.Tensor, offsets: cute.Tensor, rows: tuple, size: cutlass.Int32, slots_per_token: cutlass.Int32):
+def _plan_few_kernel(
+    index: cute.Tensor, offsets: cute.Tensor, tickets: cute.Tensor, rows: tuple, size: cutlass.Int32, slots_per_token: cutlass.Int32
+):
     thread, _, _ = cute.arch.thread_idx()
     lane, warp = thread % 32, thread // 32
     allocator = cutlass.utils.SmemAllocator()
@@ -67,6 +69,8 @@ def _plan_few_kernel(index: cute.Tensor, offsets: cute.Tensor, rows: tuple, size
     scan_bins(total, first, bins, warp_sums)
     for bin in cutlass.range(thread, size + 1, THREADS, unroll=1):
         offsets[bin] = first[bin]
+    if thread < TICKETS:
+        tickets[thread] = 0
 
     for j in cutlass.range_constexpr(FEW_ITEMS):
         slot = begin + 32 * j
@@ -86,24 +90,26 @@ def _plan_few(
     slot_to_row: cute.Tensor,
     token_offsets: cute.Tensor,
     token_slots: cute.Tensor,
+    tickets: cute.Tensor,
     size: cutlass.Int32,
     slots_per_token: cutlass.Int32,
     stream: cuda.CUstream,
 ):
     rows = (row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
-    _plan_few_kernel(index, offsets, rows, size, slots_per_token).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+    _plan_few_kernel(index, offsets, tickets, rows, size, slots_per_token).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
 def trace(*, index: str) -> tuple:
     """What is compiled: ``(index (R,), offsets (size + 1,), row_to_slot (R,), row_to_token (R,), slot_to_row (R,),
-    token_offsets (T + 1,), token_slots (R,), size, K)``, 1 <= R = T K <= FEW_SLOTS, size < MAX_BINS; int32 but for index.
+    token_offsets (T + 1,), token_slots (R,), tickets (TICKETS,), size, K)``, 1 <= R = T K <= FEW_SLOTS, size < MAX_BINS; int32 but for
+    index.
 
     Args:
         index: dtype of the ids, int32 or int64.
     """
     R = cute.sym_int()
 
-    def vector(count: cute.SymInt, element: type[cutlass.Numeric] = cutlass.Int32) -> cute.Tensor:
+    def vector(count: cute.SymInt | int, element: type[cutlass.Numeric] = cutlass.Int32) -> cute.Tensor:
         return make_fake_compact_tensor(element, (count,), assumed_align=element.width // 8)
 
     arguments = (
@@ -112,6 +118,7 @@ def trace(*, index: str) -> tuple:
         *(vector(R) for _ in range(3)),
         vector(cute.sym_int()),
         vector(R),
+        vector(TICKETS),
         *(cutlass.Int32(1) for _ in range(2)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

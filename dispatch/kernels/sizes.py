@@ -12,3 +12,6 @@ FEW_ITEMS = 8
 """Positions a thread has in flight where one block plans all slots."""
 FEW_SLOTS = THREADS * FEW_ITEMS
 """Slots that one block plans at once."""
+
+TICKETS = 8
+"""Counters of a plan, one for each of the experts' kernels that take tickets, and two to spare."""

@@ -3,7 +3,9 @@
 import torch
 
 import cute_runtime
+from dispatch import DispatchPlan
 from dispatch.chunk_counts import MAX_SIZE, multiprocessors
+from dispatch.kernels.sizes import TICKETS
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -84,3 +86,8 @@ def check_gradient_reach(rows: int, name: str, experts: int, expert_rows: int) -
 def blocks(device: torch.device) -> int:
     """One persistent block a multiprocessor, an even number so that clusters of two are whole."""
     return multiprocessors(device) // 2 * 2
+
+
+def tickets(plan: DispatchPlan) -> torch.Tensor:
+    """The plan's counters, or fresh ones of a plan that `dispatch.plan` did not make."""
+    return plan.offsets.new_zeros(TICKETS) if plan.tickets is None else plan.tickets

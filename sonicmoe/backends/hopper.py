@@ -14,7 +14,7 @@ import torch
 import cute_runtime
 from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
 from sonicmoe.activations import is_gated
-from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices, check_reach
+from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices, check_reach, tickets
 from sonicmoe.backends.hopper_backward import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
@@ -75,10 +75,10 @@ def forward(
             packed, plan = plan_hopper.launch(token_index, expert_index, x.shape[0], w_up.shape[0], slots_per_token)
         a = x.new_empty(*launch.a)  # numbers, not a tuple: half a microsecond less
         z = x.new_empty(*launch.z) if store_z else None
-        launch.up(x, stored_up, b_up, plan.offsets, plan.row_to_token, a, z, launch.blocks)
+        launch.up(x, stored_up, b_up, plan.offsets, plan.tickets, plan.row_to_token, a, z, launch.blocks)
         y = x.new_empty(*launch.y)
         # The last two start while the launch before drains: nothing but an allocation's fill comes between.
-        launch.down(a, stored_down, b_down, plan.offsets, y, launch.blocks, 1)
+        launch.down(a, stored_down, b_down, plan.offsets, plan.tickets, y, launch.blocks, 1)
         out = torch.empty_like(x)
         if slots_per_token is not None:
             launch.gather_sum(y, score, plan.slot_to_row, None, None, out, slots_per_token, 1)
@@ -171,7 +171,7 @@ def up_projection(
     if kernel is not None:
         device = x.device
         with cute_runtime.on_device(device):
-            kernel(x, stored, b_up, plan.offsets, plan.row_to_token, a, z, blocks(device))
+            kernel(x, stored, b_up, plan.offsets, tickets(plan), plan.row_to_token, a, z, blocks(device))
     return a, z
 
 
@@ -196,7 +196,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
-            kernel(a, stored, b_down, plan.offsets, y, blocks(device), 0)
+            kernel(a, stored, b_down, plan.offsets, tickets(plan), y, blocks(device), 0)
     return y
 
 

@@ -14,7 +14,16 @@ import cute_runtime
 from cute_runtime import Variant
 from dispatch import DispatchPlan
 from sonicmoe.activations import activate, is_gated
-from sonicmoe.backends.arguments import DTYPES, as_stored, blocks, check_gathered, check_gradient_reach, check_matrices, check_reach
+from sonicmoe.backends.arguments import (
+    DTYPES,
+    as_stored,
+    blocks,
+    check_gathered,
+    check_gradient_reach,
+    check_matrices,
+    check_reach,
+    tickets,
+)
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import activation_backward_tile, dx_tile, weight_grad_tile
 
@@ -87,6 +96,7 @@ def activation_backward(
             z,
             weights,
             plan.offsets,
+            tickets(plan),
             plan.row_to_token,
             plan.row_to_slot,
             dz,
@@ -145,7 +155,7 @@ def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.T
     tile = dx_tile(rows=rows, experts=w_up.shape[0], reduced=reduced)
     with cute_runtime.on_device(dz.device):
         _kernel(variants.dx_rows(tile=tile, dtype=DTYPES[dz.dtype], transposed=transposed))(
-            dz, stored, plan.offsets, out, blocks(dz.device)
+            dz, stored, plan.offsets, tickets(plan), out, blocks(dz.device)
         )
     return out
 
@@ -169,7 +179,7 @@ def _weight_grad(
     tile = weight_grad_tile(rows=rows.shape[0], experts=plan.num_experts)
     variant = variants.weight_grad(tile=tile, dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
     with cute_runtime.on_device(tokens.device):
-        _kernel(variant)(tokens, rows, plan.offsets, plan.row_to_token, out, blocks(tokens.device))
+        _kernel(variant)(tokens, rows, plan.offsets, tickets(plan), plan.row_to_token, out, blocks(tokens.device))
     return out if add_to is None else None
 
 

@@ -20,8 +20,9 @@ from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue_backward import ActivationBackwardEpilogue
-from sonicmoe.kernels.fake import DTYPES, row_major
+from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
+from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
@@ -42,7 +43,15 @@ class ActivationBackward:
         self.epilogue = ActivationBackwardEpilogue(
             dtype=dtype, tile_n=tile.n, activation=activation, interleaved=interleaved, dz=dz, dscore=dscore, scaled_a=scaled_a
         )
-        self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=True, gated=False, epilogue=self.epilogue, transposed_b=not transposed)
+        self.gemm = GroupedGemm(
+            tile=tile,
+            dtype=dtype,
+            gather=True,
+            gated=False,
+            epilogue=self.epilogue,
+            ticket=Counter.ACTIVATION_BACKWARD,
+            transposed_b=not transposed,
+        )
 
     @cute.jit
     def __call__(
@@ -52,6 +61,7 @@ class ActivationBackward:
         z: cute.Tensor,
         score: cute.Tensor,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         row_token: cute.Tensor,
         row_slot: cute.Tensor,
         dz: cute.Tensor | None,
@@ -77,6 +87,7 @@ class ActivationBackward:
             row_token,
             weight,
             offsets,
+            tickets,
             cute.ceil_div(columns, self.gemm.tile.n),
             self.epilogue.prepare(z, score, row_slot, columns, gradient, scaled, partial),
             blocks,
@@ -105,6 +116,7 @@ def trace(*, dtype: str, activation: str, interleaved: bool, dz: bool, dscore: b
         row_major(element, rows, width),
         row_major(cutlass.Float32, rows),
         row_major(cutlass.Int32, offsets),
+        tickets_of_plan(),
         row_major(cutlass.Int32, rows),
         row_major(cutlass.Int32, rows),
         row_major(element, rows, width) if dz else None,

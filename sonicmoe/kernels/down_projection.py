@@ -17,8 +17,9 @@ from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
-from sonicmoe.kernels.fake import DTYPES, row_major
+from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
+from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
@@ -32,6 +33,7 @@ class DownProjection:
             gather=False,
             gated=False,
             epilogue=self.epilogue,
+            ticket=Counter.DOWN,
             transposed_b=transposed,
             waits_for_a=True,
             has_dependents=True,
@@ -44,6 +46,7 @@ class DownProjection:
         w_down: cute.Tensor,
         b_down: cute.Tensor | None,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         y: cute.Tensor,
         blocks: Int32,
         dependent: Int32,
@@ -60,6 +63,7 @@ class DownProjection:
             None,
             weight,
             offsets,
+            tickets,
             cute.ceil_div(hidden, self.gemm.tile.n),
             self.epilogue.prepare(out, None, bias),
             blocks,
@@ -78,6 +82,7 @@ def trace(*, dtype: str, bias: bool, tile: str, transposed: bool = False):
         row_major(element, experts, *((reduced, hidden) if transposed else (hidden, reduced))),
         row_major(element, experts, hidden) if bias else None,
         row_major(cutlass.Int32, offsets),
+        tickets_of_plan(),
         row_major(element, rows, hidden),
         Int32(0),
         Int32(0),

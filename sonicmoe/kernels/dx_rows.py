@@ -18,8 +18,9 @@ from cutlass import Int32
 from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
-from sonicmoe.kernels.fake import DTYPES, row_major
+from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
+from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
@@ -27,10 +28,21 @@ class DxRows:
     def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], transposed: bool) -> None:
         self.transposed = transposed
         self.epilogue = ProjectionEpilogue(dtype=dtype, tile_n=tile.n, activation="identity", interleaved=False, store_z=False, bias=False)
-        self.gemm = GroupedGemm(tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue, transposed_b=not transposed)
+        self.gemm = GroupedGemm(
+            tile=tile, dtype=dtype, gather=False, gated=False, epilogue=self.epilogue, ticket=Counter.DX, transposed_b=not transposed
+        )
 
     @cute.jit
-    def __call__(self, dz: cute.Tensor, w_up: cute.Tensor, offsets: cute.Tensor, out: cute.Tensor, blocks: Int32, stream: cuda.CUstream):
+    def __call__(
+        self,
+        dz: cute.Tensor,
+        w_up: cute.Tensor,
+        offsets: cute.Tensor,
+        tickets: cute.Tensor,
+        out: cute.Tensor,
+        blocks: Int32,
+        stream: cuda.CUstream,
+    ):
         weight = weight_tensor(w_up, reduced_last=self.transposed)
         hidden = weight.shape[0]
         rows = cute.make_tensor(out.iterator, cute.make_layout((out.shape[0], hidden, 1), stride=(out.stride[0], 1, hidden)))
@@ -39,6 +51,7 @@ class DxRows:
             None,
             weight,
             offsets,
+            tickets,
             cute.ceil_div(hidden, self.gemm.tile.n),
             self.epilogue.prepare(rows, None, None),
             blocks,
@@ -55,6 +68,7 @@ def trace(*, dtype: str, tile: str, transposed: bool = False):
         row_major(element, rows, reduced),
         row_major(element, experts, *((hidden, reduced) if transposed else (reduced, hidden))),
         row_major(cutlass.Int32, offsets),
+        tickets_of_plan(),
         row_major(element, rows, hidden),
         Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),

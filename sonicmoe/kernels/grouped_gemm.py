@@ -43,7 +43,17 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.scheduler import find_tile, first_window, next_slot, publish_tile, read_tile
+from sonicmoe.kernels.scheduler import (
+    TICKET_SLOTS,
+    draw_ticket,
+    find_tile,
+    first_window,
+    next_slot,
+    publish_tile,
+    read_tile,
+    receive_ticket,
+    send_ticket,
+)
 from sonicmoe.kernels.tiles import SCHEDULE_SLOTS, STORE_BUFFERS, TILE_K, Tile
 
 GATHER_WARPS = 3
@@ -81,6 +91,7 @@ class GroupedGemm:
         gather: bool,
         gated: bool,
         epilogue,
+        ticket: int,
         transposed_b: bool = False,
         waits_for_a: bool = False,
         has_dependents: bool = False,
@@ -90,6 +101,7 @@ class GroupedGemm:
         self.dtype = dtype
         self.gather = gather
         self.gated = gated
+        self.ticket = ticket
         self.transposed_b = transposed_b
         self.waits_for_a = waits_for_a
         self.has_dependents = has_dependents
@@ -125,14 +137,18 @@ class GroupedGemm:
         row_token: cute.Tensor | None,
         b: cute.Tensor,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         column_tiles: Int32,
         epilogue_args: tuple,
         blocks: Int32,
         stream: cuda.CUstream,
         dependent: Int32 | bool = False,
     ):
-        """a (rows, K); b (columns, K, parts, experts), parts 2 for a gated activation; offsets (experts + 1,) int32; ``dependent`` of
-        a kernel with ``waits_for_a``: whether the launch before on this stream writes a, and none of the rest."""
+        """a (rows, K); b (columns, K, parts, experts), parts 2 for a gated activation; offsets (experts + 1,) int32; tickets of the plan,
+        of which ``self.ticket`` is this kernel's.
+
+        ``dependent`` of a kernel with ``waits_for_a``: whether the launch before on this stream writes a, and none of the rest.
+        """
         tile = self.tile
         layout_a = self._layout_a()
         layout_b, layout_box, box_b = self._layouts_b()
@@ -156,6 +172,9 @@ class GroupedGemm:
             empty: cute.struct.MemRange[Int64, tile.stages]
             record_full: cute.struct.MemRange[Int64, SCHEDULE_SLOTS]
             record_empty: cute.struct.MemRange[Int64, SCHEDULE_SLOTS]
+            ticket_full: cute.struct.MemRange[Int64, TICKET_SLOTS]
+            ticket_empty: cute.struct.MemRange[Int64, TICKET_SLOTS]
+            tickets: cute.struct.MemRange[Int32, TICKET_SLOTS]
             records: cute.struct.MemRange[Int32, self.record * SCHEDULE_SLOTS]
             a: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_a)], 1024]
             b: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_b)], 1024]
@@ -163,7 +182,7 @@ class GroupedGemm:
 
         self.shared = Shared
         self.kernel(
-            tma_a, tensor_a, row_token, tma_b, tensor_b, offsets, column_tiles, tiled_mma, layout_a, layout_b, epilogue_args
+            tma_a, tensor_a, row_token, tma_b, tensor_b, offsets, tickets, column_tiles, tiled_mma, layout_a, layout_b, epilogue_args
         ).launch(
             grid=[blocks, 1, 1],
             block=[tile.threads, 1, 1],
@@ -182,6 +201,7 @@ class GroupedGemm:
         tma_b: cute.CopyAtom,
         b: cute.Tensor,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         column_tiles: Int32,
         tiled_mma: cute.TiledMma,
         layout_a: cute.ComposedLayout,
@@ -205,6 +225,7 @@ class GroupedGemm:
 
         if const_expr(self.has_dependents):
             cute.arch.griddepcontrol_launch_dependents()
+        post = (storage.tickets.data_ptr(), storage.ticket_full.data_ptr(), storage.ticket_empty.data_ptr())
         readers = const_expr(4 * self.group_size + (GATHER_WARPS if self.gather else 0))
         if warp == 0:
             with cute.arch.elect_one():
@@ -214,6 +235,10 @@ class GroupedGemm:
                 for s in cutlass.range_constexpr(SCHEDULE_SLOTS):
                     cute.arch.mbarrier_init(record_full + s, 1)
                     cute.arch.mbarrier_init(record_empty + s, readers)
+                if const_expr(tile.cluster > 1):
+                    for s in cutlass.range_constexpr(TICKET_SLOTS):
+                        cute.arch.mbarrier_init(post[1] + s, 1)
+                        cute.arch.mbarrier_init(post[2] + s, 1)
             cute.arch.mbarrier_init_fence()
         self._meet()
 
@@ -224,7 +249,19 @@ class GroupedGemm:
                     cpasync.prefetch_descriptor(tma_a)
                 cpasync.prefetch_descriptor(tma_b)
                 self._load(
-                    tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, rank, offsets, column_tiles
+                    tma_a,
+                    a,
+                    shared_a,
+                    tma_b,
+                    b,
+                    shared_b,
+                    full,
+                    empty,
+                    (records, record_full, record_empty),
+                    (tickets.iterator + self.ticket, *post),
+                    rank,
+                    offsets,
+                    column_tiles,
                 )
             elif const_expr(self.gather):
                 self._gather(a, row_token, storage.a.data_ptr(), full, empty, records, record_full, record_empty, warp - 1)
@@ -258,20 +295,24 @@ class GroupedGemm:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, records, record_full, record_empty, rank, offsets, column_tiles):
+    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, ring: tuple, tickets: tuple, rank, offsets, column_tiles):
         """Warp 0: publishes each tile's record, one tile ahead, and loads the boxes of B and, for a dense A, its rows."""
         tile = self.tile
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        wanted = block // tile.cluster
         clusters = grid // tile.cluster
         width = a.shape[1]
         stage = Int32(0)
         phase = Int32(0)
         slot = Int32(0)
         lap = Int32(0)
-        walk, record = self._find(self._first(), wanted, offsets, column_tiles, width, rank)
-        publish_tile(record, records, record_full, record_empty, slot, lap)
+        drawn = Int32(0)  # of all blocks, by the first of a cluster; in lane 0 only
+        if rank == 0:
+            drawn = draw_ticket(tickets[0])
+        # Tiles begun, the number of the one after this, and the last ticket.
+        turn = (Int32(0), block // tile.cluster + clusters, drawn)
+        walk, record = self._find(self._first(), block // tile.cluster, offsets, column_tiles, width, rank)
+        publish_tile(record, *ring, slot, lap)
         ahead = Int32(0)
         if const_expr(self.waits_for_a):
             ahead = self._load_ahead(tma_b, b, shared_b, full, record, rank, width)
@@ -288,35 +329,61 @@ class GroupedGemm:
                 )
                 if has_rows:
                     arriving += tile.m * TILE_K * 2
-            for k in cutlass.range(k_tiles, unroll=1):
-                to_load = k >= ahead if const_expr(self.waits_for_a) else True
-                if to_load:
-                    cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-                    self._load_weights(tma_b, boxes, full, stage, k, arriving)
-                if const_expr(not self.gather):
-                    if has_rows:
-                        cute.copy(tma_a, rows_from[None, k], rows_to[None, stage], tma_bar_ptr=full + stage)
-                stage += 1
-                if stage == tile.stages:
-                    stage = Int32(0)
-                    phase ^= 1
+            # An expert without rows has no stage (row_reduction.py), and still one turn.
+            for k in cutlass.range(cutlass.max(k_tiles, 1), unroll=1):
+                if k < k_tiles:
+                    to_load = k >= ahead if const_expr(self.waits_for_a) else True
+                    if to_load:
+                        cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+                        self._load_weights(tma_b, boxes, full, stage, k, arriving)
+                    if const_expr(not self.gather):
+                        if has_rows:
+                            cute.copy(tma_a, rows_from[None, k], rows_to[None, stage], tma_bar_ptr=full + stage)
+                    stage += 1
+                    if stage == tile.stages:
+                        stage = Int32(0)
+                        phase ^= 1
                 if k == 0:
                     # Behind the first loads of this tile, where it delays none.
-                    wanted += clusters
+                    turn, wanted = self._take_turn(turn, tickets, clusters, rank)
                     slot, lap = next_slot(slot, lap, 1)
                     walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
-                    publish_tile(record, records, record_full, record_empty, slot, lap)
+                    publish_tile(record, *ring, slot, lap)
             if const_expr(self.waits_for_a):
                 ahead = Int32(0)
-            if const_expr(self.over_rows):
-                if k_tiles == 0:
-                    wanted += clusters
-                    slot, lap = next_slot(slot, lap, 1)
-                    walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
-                    publish_tile(record, records, record_full, record_empty, slot, lap)
         if const_expr(tile.pingpong):
             slot, lap = next_slot(slot, lap, 1)
-            publish_tile(record, records, record_full, record_empty, slot, lap)
+            publish_tile(record, *ring, slot, lap)
+        self._last_turn(turn, tickets, clusters, rank, self._count(walk))
+
+    @cute.jit
+    def _take_turn(self, turn: tuple, tickets: tuple, clusters: Int32, rank: Int32):
+        """The number of the tile after this one; draws the ticket after next."""
+        begun, number, drawn = turn
+        counter, *post = tickets
+        if const_expr(self.tile.cluster > 1):
+            if (rank > 0) & (begun > 0):
+                number = 2 * clusters + receive_ticket(begun - 1, *post)
+        wanted = number
+        if rank == 0:
+            ticket = cute.arch.shuffle_sync(drawn, 0)
+            if const_expr(self.tile.cluster > 1):
+                send_ticket(begun, ticket, *post)
+            number = 2 * clusters + ticket
+            drawn = draw_ticket(counter)
+        return (begun + 1, number, drawn), wanted
+
+    @cute.jit
+    def _last_turn(self, turn: tuple, tickets: tuple, clusters: Int32, rank: Int32, tiles: Int32):
+        """Whoever drew the last of the ``clusters + tiles`` tickets resets the counter; a ticket on its way is received."""
+        begun, _, drawn = turn
+        counter, *post = tickets
+        if const_expr(self.tile.cluster > 1):
+            if (rank > 0) & (begun > 0):
+                receive_ticket(begun - 1, *post)
+        if rank == 0:
+            if (cute.arch.lane_idx() == 0) & (drawn == clusters + tiles - 1):
+                cute.make_tensor(counter, cute.make_layout((1,)))[0] = 0
 
     def _load_weights(self, tma_b, boxes: list[tuple], full, stage: Int32, k: Int32, arriving: Int32) -> None:
         """The boxes of B of an empty stage, which then expects ``arriving`` bytes."""
@@ -346,6 +413,10 @@ class GroupedGemm:
 
     def _first(self):
         return first_window()
+
+    def _count(self, walk):
+        """Tiles of the whole list, of a walk that has passed its end."""
+        return walk[1] + walk[2]
 
     def _find(self, walk, wanted, offsets, column_tiles, width, rank):
         return find_tile(walk, wanted, offsets, column_tiles, rank, self.tile.m, self.tile.cluster)

@@ -35,10 +35,10 @@ class RowReduction(GroupedGemm):
     record = 5
     over_rows = True
 
-    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], epilogue) -> None:
+    def __init__(self, *, tile: Tile, dtype: type[cutlass.Numeric], epilogue, ticket: int) -> None:
         if tile.pingpong:
             raise ValueError(f"{tile.name}: a reduction over rows has stages by the expert and takes no ping-pong")
-        super().__init__(tile=tile, dtype=dtype, gather=True, gated=False, epilogue=epilogue, transposed_b=True)
+        super().__init__(tile=tile, dtype=dtype, gather=True, gated=False, epilogue=epilogue, ticket=ticket, transposed_b=True)
 
     def _layout_a(self):
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.MN_SW128, self.dtype)
@@ -46,6 +46,9 @@ class RowReduction(GroupedGemm):
 
     def _first(self):
         return (Int32(0),)
+
+    def _count(self, walk):
+        return walk[0]
 
     @cute.jit
     def _find(self, walk: tuple, wanted: Int32, offsets: cute.Tensor, column_tiles: Int32, width: Int32, rank: Int32):
@@ -62,7 +65,7 @@ class RowReduction(GroupedGemm):
             end = offsets[expert + 1]
         else:
             expert = Int32(-1)
-        return walk, (expert, start, end, column, line)
+        return ((offsets.shape[0] - 1) * lines * column_tiles,), (expert, start, end, column, line)
 
     def _k_tiles(self, record, width):
         return cute.ceil_div(record[2] - record[1], TILE_K)

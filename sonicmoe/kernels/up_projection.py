@@ -19,8 +19,9 @@ from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue import ProjectionEpilogue
 from sonicmoe.kernels.epilogue_paired import PairedEpilogue
-from sonicmoe.kernels.fake import DTYPES, row_major
+from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.grouped_gemm import GroupedGemm
+from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
@@ -46,6 +47,7 @@ class UpProjection:
             gather=True,
             gated=self.epilogue.gated and not self.paired,
             epilogue=self.epilogue,
+            ticket=Counter.UP,
             transposed_b=transposed,
             has_dependents=True,
         )
@@ -57,6 +59,7 @@ class UpProjection:
         w_up: cute.Tensor,
         b_up: cute.Tensor | None,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         row_token: cute.Tensor,
         a: cute.Tensor,
         z: cute.Tensor | None,
@@ -96,6 +99,7 @@ class UpProjection:
             row_token,
             weight,
             offsets,
+            tickets,
             cute.ceil_div(columns, self.epilogue.columns),
             self.epilogue.prepare(out, pre, bias),
             blocks,
@@ -132,6 +136,7 @@ def trace(
         row_major(element, experts, *((hidden, z_columns) if transposed else (z_columns, hidden))),
         row_major(element, experts, z_columns) if bias else None,
         row_major(cutlass.Int32, offsets),
+        tickets_of_plan(),
         row_major(cutlass.Int32, rows),
         row_major(element, rows, columns),
         row_major(element, rows, z_columns) if store_z else None,

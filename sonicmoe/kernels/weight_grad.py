@@ -22,8 +22,9 @@ from cutlass.cute.runtime import make_fake_stream
 from sonicmoe.kernels import ptx
 from sonicmoe.kernels.epilogue import RowStore, acquire_buffer, finish_stores
 from sonicmoe.kernels.epilogue_add import WeightGradAdd
-from sonicmoe.kernels.fake import DTYPES, row_major
+from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.row_reduction import RowReduction
+from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
 
@@ -68,7 +69,8 @@ class WeightGrad:
             if add
             else WeightGradEpilogue(dtype=dtype, tile_n=tile.n, transposed=transposed)
         )
-        self.gemm = RowReduction(tile=tile, dtype=dtype, epilogue=self.epilogue)
+        counter = Counter.UP_WEIGHT_GRAD if transposed else Counter.DOWN_WEIGHT_GRAD
+        self.gemm = RowReduction(tile=tile, dtype=dtype, epilogue=self.epilogue, ticket=counter)
 
     @cute.jit
     def __call__(
@@ -76,6 +78,7 @@ class WeightGrad:
         tokens: cute.Tensor,
         rows: cute.Tensor,
         offsets: cute.Tensor,
+        tickets: cute.Tensor,
         row_token: cute.Tensor,
         out: cute.Tensor,
         blocks: Int32,
@@ -90,6 +93,7 @@ class WeightGrad:
             row_token,
             b,
             offsets,
+            tickets,
             cute.ceil_div(columns, self.gemm.tile.n),
             (self.epilogue.prepare(flat), each),
             blocks,
@@ -106,6 +110,7 @@ def trace(*, dtype: str, transposed: bool, tile: str, add: bool = False):
         row_major(element, tokens, width),
         row_major(element, rows, columns),
         row_major(cutlass.Int32, offsets),
+        tickets_of_plan(),
         row_major(cutlass.Int32, rows),
         row_major(cutlass.Float32 if add else element, experts, *((columns, width) if transposed else (width, columns))),
         Int32(0),

@@ -9,6 +9,7 @@ import itertools
 import torch
 
 from dispatch import DispatchPlan
+from dispatch.kernels.sizes import TICKETS
 from sonicmoe.activations import activate, activation_gradient, is_gated
 
 NEIGHBOUR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
@@ -38,7 +39,8 @@ class Case:
         slot_to_row[slots[: self.rows].long()] = torch.arange(self.rows, dtype=torch.int32, device=device)
         row_to_slot = slots.clone()
         row_to_slot[self.rows :] = -1
-        self.plan = DispatchPlan(offsets, tokens, row_to_slot, slot_to_row, None, None, T, len(counts), None)
+        tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+        self.plan = DispatchPlan(offsets, tokens, row_to_slot, slot_to_row, None, None, T, len(counts), None, tickets)
         self.score = torch.rand(total, generator=self.generator, device=device)
         self.score[(slot_to_row < 0)] = float("nan")
         E = len(counts)
@@ -83,6 +85,7 @@ def check_activation_backward(case: Case, operation, **needs) -> tuple:
     results = operation(
         case.dout, z, case.w_down, case.b_down, case.score, case.plan, activation=case.activation, gate_up_layout=case.layout, **wanted
     )
+    assert not case.plan.tickets.any()
     dz, dscore, scaled_a = results
     row_dscore = torch.zeros(case.rows, dtype=torch.float64, device=case.device)
     row_scale = torch.zeros_like(row_dscore)
@@ -117,6 +120,7 @@ def check_weight_grads(case: Case, down, up, *, bias: bool) -> tuple:
         *down(case.dout, case.scaled_a, case.score, case.plan, need_weight=True, need_bias=bias),
         *up(case.x, case.dz, case.plan, need_weight=True, need_bias=bias),
     )
+    assert not case.plan.tickets.any()
     dw_down, db_down, dw_up, db_up = results
     for expert, own, tokens, score in case.experts():
         dout, dz = case.dout[tokens].double(), case.dz[own].double()
@@ -144,6 +148,7 @@ def check_added_weight_grads(case: Case, down, up) -> tuple:
 def check_dx_rows(case: Case, operation) -> torch.Tensor:
     """The operation's result, checked."""
     rows = operation(case.dz, case.w_up, case.plan)
+    assert not case.plan.tickets.any()
     for expert, own, _, _ in case.experts():
         assert_near(rows[own], case.dz[own].double() @ case.w_up[expert].double(), f"dx rows of expert {expert}")
     assert rows[case.rows :].isnan().all(), "the tail was written"

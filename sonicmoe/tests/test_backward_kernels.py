@@ -177,4 +177,4 @@ def test_sums_use_no_local_memory(variant):
 def test_a_reduction_over_rows_takes_no_ping_pong():
     row_reduction = pytest.importorskip("sonicmoe.kernels.row_reduction", reason="the compiler is not installed")
     with pytest.raises(ValueError, match=f"^{BROAD.name}: a reduction over rows .* takes no ping-pong"):
-        row_reduction.RowReduction(tile=BROAD, dtype=None, epilogue=None)
+        row_reduction.RowReduction(tile=BROAD, dtype=None, epilogue=None, ticket=0)

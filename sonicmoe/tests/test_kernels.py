@@ -11,6 +11,7 @@ import cute_runtime
 from cute_runtime import emulator
 from cute_runtime.emulator.tensors import Region, Written
 from dispatch import DispatchPlan, plan
+from dispatch.kernels.sizes import TICKETS
 from sonicmoe.backends import reference
 from sonicmoe.kernels import tiles, variants
 from sonicmoe.kernels.tiles import BROAD, PAIR, SMALL, SQUARE, TALL, TILES, WIDE, Tile
@@ -161,7 +162,8 @@ def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, depend
     a, w_down, b_down, own = down_inputs()
     y = poisoned(len(a), H, dtype=a.dtype)
     bias = b_down if BUILT[name].params["bias"] else None
-    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, BLOCKS, dependent, edit=edit, **options)
+    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, own.tickets, y, BLOCKS, dependent, edit=edit, **options)
+    assert not own.tickets.any()
     return y
 
 
@@ -194,7 +196,8 @@ def test_emulated_up_projection_has_float64s_values_in_every_order(name):
     for seed in SEEDS:
         a = poisoned(len(own.row_to_token), I, dtype=dtype)
         z = poisoned(len(own.row_to_token), 2 * I, dtype=dtype) if params["store_z"] else None
-        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.row_to_token, a, z, BLOCKS, seed=seed)
+        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.tickets, own.row_to_token, a, z, BLOCKS, seed=seed)
+        assert not own.tickets.any()
         results.append((a, z) if params["store_z"] else (a,))
     for got, exact in zip(results[0], want[: len(results[0])], strict=True):
         assert_close_by_expert(got, exact, own.offsets)
@@ -212,7 +215,7 @@ def test_a_dependent_down_projection_reads_weights_before_the_launch_before_has_
         own_region = Region(written.data_ptr(), written.nbytes, "written before")
         history = [Written(own_region, np.ones_like(own_region.marks()))]
         y = poisoned(len(a), H, dtype=a.dtype)
-        emulator.launch(BUILT[name], a, w_down, bias, own.offsets, y, blocks, dependent, history=history)
+        emulator.launch(BUILT[name], a, w_down, bias, own.offsets, own.tickets, y, blocks, dependent, history=history)
 
     launch(a, 1)
     launch(a, 1, blocks=64)
@@ -228,7 +231,7 @@ def test_emulator_counts_products_and_bytes_of_each_role():
     offsets, reduced = torch.tensor([0, 200], dtype=torch.int32), 128
     a, w = random(200, reduced, dtype=torch.bfloat16, seed=0), random(1, 192, reduced, dtype=torch.bfloat16, seed=1)
     b, y = random(1, 192, dtype=torch.bfloat16, seed=2), poisoned(200, 192, dtype=torch.bfloat16)
-    (statistics,) = emulator.launch(BUILT["dense, ping-pong, bias"], a, w, b, offsets, y, 1, 0)
+    (statistics,) = emulator.launch(BUILT["dense, ping-pong, bias"], a, w, b, offsets, torch.zeros(TICKETS, dtype=torch.int32), y, 1, 0)
     assert statistics.products == 2 * 128 * 192 * reduced  # whole tiles
     assert statistics.bytes_loaded == 2 * (128 + 192) * reduced * 2
     assert statistics.bytes_stored == 192 * 192 * 2  # the three blocks of 64 rows that are whole
@@ -316,7 +319,7 @@ def test_gathered_rows_need_their_proxy_fence():
     outputs = poisoned(rows, I, dtype=torch.bfloat16), poisoned(rows, 2 * I, dtype=torch.bfloat16)
     fences = without(r"fence\.proxy\.async\.shared::cta;", 0)
     with pytest.raises(emulator.EmulationError, match=r"proxy: wgmma reads shared memory at .* that cp.async of warp [123] .* wrote"):
-        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.row_to_token, *outputs, BLOCKS, edit=fences)
+        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.tickets, own.row_to_token, *outputs, BLOCKS, edit=fences)
 
 
 def test_output_that_is_too_small_is_an_error_that_names_it():
@@ -324,6 +327,6 @@ def test_output_that_is_too_small_is_an_error_that_names_it():
     offsets = own.offsets + torch.tensor([0] * E + [30], dtype=torch.int32)  # more rows than there are
     y = poisoned(len(a), H, dtype=a.dtype)
     with pytest.raises(
-        emulator.EmulationError, match=r"writes 16 bytes of global memory at .* the nearest is argument 4 \(bfloat16, shape"
+        emulator.EmulationError, match=r"writes 16 bytes of global memory at .* the nearest is argument 5 \(bfloat16, shape"
     ):
-        emulator.launch(BUILT["dense, ping-pong, bias"], a, w_down, b_down, offsets, y, BLOCKS, 0)
+        emulator.launch(BUILT["dense, ping-pong, bias"], a, w_down, b_down, offsets, own.tickets, y, BLOCKS, 0)
