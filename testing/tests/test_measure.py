@@ -258,7 +258,8 @@ def test_where_there_is_no_compiler_a_compiling_start_is_not_run(monkeypatch):
 @pytest.mark.parametrize("kernel", [kernel for kernel in kernels.KERNELS if kernel.tiles], ids=lambda kernel: kernel.name)
 def test_each_tile_is_the_one_that_runs(monkeypatch, kernel):
     """Asked of the host halves, with kernels that do nothing: also where a tile is chosen once for a shape."""
-    loaded = []
+    loaded, data = [], kernels.Data(TINY, QUICK)
+    data.operations = hopper
 
     def load(variant):
         return lambda *_: loaded.append(variant.params.get("tile"))
@@ -273,8 +274,6 @@ def test_each_tile_is_the_one_that_runs(monkeypatch, kernel):
     caches = (chunk_counts.multiprocessors, hopper._up_launch, hopper._down_launch, hopper_backward._kernel, kernels._choices)
     for cache in caches:
         cache.cache_clear()
-    data = kernels.Data(TINY, QUICK)
-    data.operations = hopper
     for tile in (None, *kernel.tiles, None):
         with kernels.using(kernel, tile):
             kernel.run(data)
