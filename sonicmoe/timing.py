@@ -3,6 +3,7 @@
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed rows.
 """
 
+import collections
 import math
 import statistics
 import time
@@ -45,24 +46,37 @@ def measure(
 ) -> dict[str, Timing]:
     """Time all variants in turn, round after round, so that a drifting clock or neighbour meets all of them alike.
 
+    On a GPU each run lies between two CUDA events, and the host issues the next round while one runs, as in training or a busy
+    server: what a variant costs the host shows as far as the GPU waits for it. How long a lone call takes is another question.
+
     Args:
         device: where they run. CUDA events on a GPU, `time.perf_counter` elsewhere.
         warmup_s: rounds are run untimed until this much time has passed, at least one.
         measure_s: rounds are run until this much time was measured per variant, within the two bounds on repeats.
     """
     device = torch.device(device)
-    clock = _cuda_ms if device.type == "cuda" else _host_ms
+    issue, ahead = (_issue_cuda, 1) if device.type == "cuda" else (_issue_host, 0)
+    issued: collections.deque[dict[str, Callable[[], float]]] = collections.deque()
+
+    def begin_round() -> None:
+        issued.append({name: issue(variant, device) for name, variant in variants.items()})
+
+    def next_round() -> dict[str, float]:
+        begin_round()
+        return {name: read() for name, read in issued.popleft().items()}
+
+    for _ in range(ahead):
+        begin_round()
     begin, warm = time.perf_counter(), False
     while not warm or time.perf_counter() - begin < warmup_s * len(variants):
-        for variant in variants.values():
-            clock(variant, device)
+        next_round()
         warm = True
     samples: dict[str, list[float]] = {name: [] for name in variants}
     rounds, total = 0, 0.0
     while rounds < max_repeats and (rounds < min_repeats or total < measure_s * 1e3 * len(variants)):
-        for name, variant in variants.items():
-            samples[name].append(clock(variant, device))
-            total += samples[name][-1]
+        for name, ms in next_round().items():
+            samples[name].append(ms)
+            total += ms
         rounds += 1
     return {name: Timing(*_quartiles(values), len(values)) for name, values in samples.items()}
 
@@ -82,22 +96,28 @@ def _quartiles(samples: list[float]) -> tuple[float, float]:
     return median, third - first
 
 
-def _cuda_ms(variant: Variant, device: torch.device) -> float:
+def _issue_cuda(variant: Variant, device: torch.device) -> Callable[[], float]:
+    """Runs the variant; waits for its milliseconds when asked for them."""
     with torch.cuda.device(device):
         argument = variant.prepare()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         variant.run(argument)
         end.record()
+
+    def read() -> float:
         end.synchronize()
-    return begin.elapsed_time(end)
+        return begin.elapsed_time(end)
+
+    return read
 
 
-def _host_ms(variant: Variant, device: torch.device) -> float:
+def _issue_host(variant: Variant, device: torch.device) -> Callable[[], float]:
     argument = variant.prepare()
     begin = time.perf_counter()
     variant.run(argument)
-    return (time.perf_counter() - begin) * 1e3
+    ms = (time.perf_counter() - begin) * 1e3
+    return lambda: ms
 
 
 def model_flops(rows: float, hidden_size: int, intermediate_size: int, *, gated: bool) -> dict[str, float]:

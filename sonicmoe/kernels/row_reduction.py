@@ -9,7 +9,7 @@ The roles, barriers and the ring are those of grouped_gemm.py. What differs:
 * gathered A: eight lanes a row of a block; a row's token is loaded one stage ahead.
 * rows beyond the expert's end: A's are zeroed by cp.async; B's box brings rows of the next expert, or what nobody wrote, where
   zero times NaN would be NaN, so the consumers overwrite them with zeros before the products of a tile's last stage: named
-  barrier 6, the threads of the consumers that have columns of A.
+  barriers 6 to 8, the threads of the consumers that have columns of A.
 * two blocks of a cluster take neighbouring columns of A and share B's.
 """
 
@@ -24,6 +24,8 @@ from sonicmoe.kernels.scheduler import next_slot, read_tile
 from sonicmoe.kernels.tiles import TILE_K, Tile
 
 TAIL_BARRIER = 6
+"""Named barriers 6 to 8: where one, two or three consumers meet. Of their own, because a consumer without columns may be a tile ahead,
+and two numbers of threads at one barrier are an illegal instruction."""
 
 BLOCK_BYTES = 64 * TILE_K * 2
 """One block of A: 64 columns x 64 rows."""
@@ -150,7 +152,8 @@ class RowReduction(GroupedGemm):
         pointer, rows, columns = tail
         inside = rows - k * TILE_K
         if inside < TILE_K:
-            threads = cutlass.min(cute.ceil_div(columns, 64), self.group_size) * 128
+            consumers = cutlass.min(cute.ceil_div(columns, 64), self.group_size)
+            threads = consumers * 128
             piece = cute.arch.thread_idx()[0] - 128  # of 16 bytes, 8 a line
             begin = pointer.toint() + stage * (tile.n * TILE_K * 2)
             # Not unrolled: with the accumulators there are no registers for the addresses of all turns.
@@ -163,4 +166,4 @@ class RowReduction(GroupedGemm):
                     ptx.store_16_zero_bytes(at)
                 piece += threads
             cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.barrier(barrier_id=TAIL_BARRIER, number_of_threads=threads)
+            cute.arch.barrier(barrier_id=TAIL_BARRIER + consumers - 1, number_of_threads=threads)

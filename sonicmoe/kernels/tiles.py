@@ -120,10 +120,14 @@ TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLI
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes
 less than the 500 cycles in which its weights arrive, so that the rule may reach further where a measurement says so."""
+FITS_BLOCK = 96
+"""Rows an expert has on average up to which many have no more than 64, which leave a cluster's second block without rows."""
 FITS_TALL = 160
 FITS_PAIR = 320
 """Rows an expert has on average up to which nearly all fit one TALL tile, or one PAIR of them, under random routing (the
 deviation of C_e is about its root: 128 +- 34 and 256 +- 48 at three deviations)."""
+MANY_ROWS = 1024
+"""Rows an expert has on average from which a partly filled last tile of 192 rows costs less than TALL's fewer bytes a product save."""
 
 
 def up_tile(*, rows: int, experts: int, store_z: bool) -> Tile:
@@ -139,7 +143,9 @@ def up_tile(*, rows: int, experts: int, store_z: bool) -> Tile:
     """
     if rows <= FITS_SMALL * experts and not store_z:
         return SMALL
-    return PAIR if FITS_TALL * experts < rows <= FITS_PAIR * experts else TALL
+    if FITS_TALL * experts < rows <= FITS_PAIR * experts:
+        return PAIR
+    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
 
 
 def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
@@ -153,9 +159,9 @@ def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
     """
     if rows <= FITS_SMALL * experts:
         return SMALL
-    if rows <= FITS_TALL * experts:
-        return TALL
-    return BROAD if reduced <= 512 or rows < 1024 * experts else SQUARE
+    if reduced <= 512 or FITS_TALL * experts < rows <= FITS_PAIR * experts:
+        return BROAD
+    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
 
 
 def activation_backward_tile(*, columns: int) -> Tile:
@@ -174,8 +180,9 @@ def dx_tile(*, rows: int, experts: int, reduced: int) -> Tile:
 
     ms, WIDE / SQUARE, same shapes and run: 6.48 / 7.69; 1.51 / 1.33; 1.70 / 1.79; 0.62 / 0.57; 3.79 / 3.63.
     """
-    few_tiles = FITS_TALL * experts < rows <= FITS_PAIR * experts
-    return SQUARE if reduced <= 512 or few_tiles else WIDE
+    if reduced <= 512:
+        return SQUARE
+    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
 
 
 def weight_grad_tile(*, rows: int, experts: int) -> Tile:
@@ -183,4 +190,4 @@ def weight_grad_tile(*, rows: int, experts: int) -> Tile:
 
     ms of dW_up, WIDE / PAIR, same shapes and run: 7.41 / 7.06; 1.43 / 1.37; 1.98 / 2.23; 0.63 / 0.57; 4.14 / 3.67; of dW_down alike.
     """
-    return WIDE if rows <= FITS_TALL * experts else PAIR
+    return WIDE if rows <= FITS_TALL * experts else TALL

@@ -79,13 +79,13 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
 def up_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
     """All that the up-projection of a layer with these options can load, whatever its sizes, in inference and in training."""
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "bias": bias, "transposed": transposed}
-    tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product((TALL, PAIR), (True, False))]
+    tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product((TALL, PAIR, WIDE), (True, False))]
     return [*tiles, up_projection(tile=SMALL, **layer, store_z=False)]
 
 
 def down_variants(*, dtype: str, bias: bool, transposed: bool = False) -> list[Variant]:
     """The same of the down-projection."""
-    return [down_projection(tile=tile, dtype=dtype, bias=bias, transposed=transposed) for tile in (SMALL, TALL, BROAD, SQUARE)]
+    return [down_projection(tile=tile, dtype=dtype, bias=bias, transposed=transposed) for tile in (SMALL, TALL, BROAD, WIDE)]
 
 
 def backward_variants(
@@ -103,7 +103,7 @@ def backward_variants(
     first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
     weights = weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
-    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (WIDE, SQUARE)]
+    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE, SQUARE)]
 
 
 def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
@@ -114,7 +114,7 @@ def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool
 
 def weight_grads(*, dtype: str, add: bool) -> list[Variant]:
     """Both weights' gradients, stored, or added into float32 buffers."""
-    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((WIDE, PAIR), (False, True))]
+    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((WIDE, TALL), (False, True))]
 
 
 def prebuilt_variants() -> list[Variant]:
