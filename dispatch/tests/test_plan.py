@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dispatch import DispatchPlan, debug, plan
+from dispatch.kernels.sizes import TICKETS
 
 UNROUTED = -1
 
@@ -31,6 +32,8 @@ def check(result: DispatchPlan, token: torch.Tensor, expert: torch.Tensor) -> No
         got = getattr(result, field)
         assert got.dtype == torch.int32
         assert got.tolist() == values, field
+    assert result.tickets.dtype == torch.int32
+    assert result.tickets.tolist() == [0] * TICKETS
     # Each token lists its routed slots in slot order; the lists are a permutation of all slots.
     assert sorted(result.token_slots.tolist()) == list(range(len(token)))
     offsets = result.token_offsets.tolist()
@@ -115,8 +118,8 @@ def test_ids_of_k_slots_a_token_need_no_tokens(dtype: torch.dtype) -> None:
     strided = expert.T.contiguous().T
     for ids in (expert.flatten(), expert, strided):
         got = plan(None, ids, **sizes)
-        assert got[6:] == want[6:]
-        assert all(torch.equal(one, other) for one, other in zip(got[:6], want[:6], strict=True))
+        for field, one, other in zip(want._fields, got, want, strict=True):
+            assert torch.equal(one, other) if torch.is_tensor(other) else one == other, field
 
 
 def test_slots_whose_token_is_out_of_range_get_no_row() -> None:

@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 
+from dispatch.kernels.sizes import TICKETS
 from routing import Routing, token_rounding, top_k
 from sonicmoe import accuracy, oracle, routed_experts, validation
 from sonicmoe.activations import ACTIVATIONS, is_gated
@@ -185,7 +186,7 @@ def test_saves_z_and_indices_only():
         call(*inputs, routing.score, routing=routing)
     rows = tokens * k
     z = rows * 2 * I * 2
-    indices = 4 * (3 * rows + rows + tokens + 1 + experts + 1)
+    indices = 4 * (3 * rows + rows + tokens + 1 + experts + 1 + TICKETS)
     assert kept.beyond(*inputs, routing.score) == z + indices
 
 

@@ -21,6 +21,7 @@ import cute_runtime
 import dispatch
 from cute_runtime import checks
 from dispatch import DispatchPlan, chunk_counts, gather_sum_hopper, plan_hopper
+from dispatch.kernels.sizes import TICKETS
 from routing import Routing, top_k
 from routing import hopper as routing_hopper
 from routing import top_k_hopper as top_k_module
@@ -62,11 +63,12 @@ class StandIns:
         for out, value in zip((token_index, expert_index, score), routing, strict=False):
             out.copy_(value)
 
-    def plan_few(self, params, index, offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots, size, k):
+    def plan_few(self, params, index, offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots, tickets, size, k):
         plan = dispatch.plan(None, index, num_tokens=len(index) // k, num_experts=size, slots_per_token=k, backend="reference")
         outs = (offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots)
         for out, value in zip(outs, plan, strict=False):
             out.copy_(value)
+        tickets.zero_()
 
     def place(self, params, index, order, counts, token_key, order_out, *rows_and_numbers):
         *rows, length, size, _, _, k = rows_and_numbers
@@ -75,7 +77,8 @@ class StandIns:
         assert counts.shape[1] >= size + 1
         self.plan_few(params, index, *rows, size, k)
 
-    def up_projection(self, params, x, w_up, b_up, offsets, row_to_token, a, z, blocks):
+    def up_projection(self, params, x, w_up, b_up, offsets, tickets, row_to_token, a, z, blocks):
+        assert tickets.tolist() == [0] * TICKETS
         w_up = w_up.mT if params.get("transposed") else w_up
         plan = DispatchPlan(offsets, row_to_token, None, None, None, None, len(x), len(w_up), None)
         layout = "interleaved" if params["interleaved"] else "concatenated"
@@ -88,7 +91,8 @@ class StandIns:
             if out is not None:
                 out.copy_(value)
 
-    def down_projection(self, params, a, w_down, b_down, offsets, y, blocks, dependent):
+    def down_projection(self, params, a, w_down, b_down, offsets, tickets, y, blocks, dependent):
+        assert tickets.tolist() == [0] * TICKETS
         w_down = w_down.mT if params.get("transposed") else w_down
         y.copy_(reference.down_projection(a, w_down, b_down, DispatchPlan(offsets, *[None] * 5, 0, len(w_down), None)))
 
@@ -179,7 +183,7 @@ def test_gradients_of_the_fused_forward_are_those_of_its_operations(stand_ins, m
 def test_slots_in_any_order_take_the_fused_forward_too(stand_ins, monkeypatch):
     def plan_any(token_index, expert_index, plan):
         made = dispatch.plan(token_index, expert_index, num_tokens=T, num_experts=E, backend="reference")
-        for out, value in zip(plan[:6], made[:6], strict=True):
+        for out, value in zip((*plan[:6], plan.tickets), (*made[:6], made.tickets), strict=True):
             out.copy_(value)
 
     monkeypatch.setattr(plan_hopper, "_plan_any", plan_any)
@@ -390,7 +394,7 @@ def test_training_forward_makes_no_more_operators_and_calls_than_this(counted_la
 
 
 def test_choice_and_plan_make_no_more_operators_and_calls_than_this(counted_layer):
-    """What a user of the functions alone pays: three allocations for the routing, one and the six views for the plan."""
+    """What a user of the functions alone pays: three allocations for the routing, one and the seven views for the plan."""
     logits = torch.zeros(T, E)
 
     def choose_and_plan():
