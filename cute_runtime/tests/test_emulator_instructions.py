@@ -197,6 +197,7 @@ def test_scopes_of_inline_ptx_do_not_meet():
         ("frobnicate.b32 %x, %a;", r"line \d+: frobnicate.b32 %x, %a: is not emulated"),
         ("add.cc.s32 %x, %a, 1;", r"add.cc.s32 .*: .cc is not emulated"),
         ("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r1}, %rd1, %rd2, 1;", "s32.s8.s8 in this shape is not emulated"),
+        ("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%r1], %rd1, [%r1];", "of anything but 4 bytes is not emulated"),
         ("fence.proxy.tensormap.gpu;", "fence.proxy.tensormap.gpu"),
         ("mov.b32 %x, %rd1;", "%rd1 has 8 bytes, 4 are expected"),
         ("mov.b32 %x, nowhere;", "operand nowhere is not known"),

@@ -245,6 +245,36 @@ END: barrier.cluster.arrive; barrier.cluster.wait;"""
             run_ptx(kernel(body.replace("WAIT", ""), ".param .u64 out"), out, seed=seed, **shape)
 
 
+ASYNC_STORE = f"""mov.u32 %r8, %cluster_ctarank; @%p0 mbarrier.init.shared.b64 [%s], 1; fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive; barrier.cluster.wait; setp.eq.u32 %p1, %r8, 1; @%p1 bra READER; shl.b32 %r1, %lane, 2; add.u32 %r1, %r1, %data;
+mapa.shared::cluster.u32 %r1, %r1, 1; mapa.shared::cluster.u32 %r2, %s, 1; mad.lo.u32 %r3, %lane, 3, 5;
+st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %r3, [%r2]; mov.u32 %r3, 0; bra END;
+READER: @%p0 mbarrier.arrive.expect_tx.shared.b64 _, [%s], 128; {wait("%s", "0")} shl.b32 %r1, %lane, 2; add.u32 %r2, %data, %r1;
+ld.shared.b32 %r3, [%r2]; ld.param.u64 %out, [out]; cvt.u64.u32 %rd1, %r1; add.u64 %rd2, %out, %rd1; st.global.b32 [%rd2], %r3;
+END: barrier.cluster.arrive; barrier.cluster.wait;"""
+"""Each lane of block 0 sends a word to block 1, which awaits them all; what the register holds later is not sent."""
+
+TOO_EARLY = r"race: reads shared memory at 0x8.. that bulk load of warp 0 of block \(0,0,0\) wrote|nobody has written"
+ASYNC_STORE_FAULTS = {
+    "no wait": (wait("%s", "0"), "", TOO_EARLY),
+    "too few bytes awaited": ("[%s], 128", "[%s], 64", f"{TOO_EARLY}|the block ends while a bulk load of line 12 still writes"),
+    "too many bytes awaited": ("[%s], 128", "[%s], 132", "0 of 1 arrivals and 4 bytes are missing"),
+    "address not aligned": ("[%r1], %r3, [%r2]", "[%r1+2], %r3, [%r2]", "st.async: shared address 0x2000802: must be aligned to 4 bytes"),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_asynchronous_stores_are_there_with_the_phase_of_the_other_blocks_barrier(seed):
+    out = np.zeros(32, np.int32)
+    options = {"grid": (2,), "cluster": (2,), "block": (32,), "dynamic_bytes": 2048, "seed": seed}
+    run_ptx(kernel(ASYNC_STORE, ".param .u64 out"), out, **options)
+    np.testing.assert_array_equal(out, 3 * np.arange(32) + 5)
+    for right, wrong, message in ASYNC_STORE_FAULTS.values():
+        assert right in ASYNC_STORE
+        with pytest.raises(EmulationError, match=message):
+            run_ptx(kernel(ASYNC_STORE.replace(right, wrong), ".param .u64 out"), out, **options)
+
+
 def test_block_that_leaves_too_early_is_caught_by_some_order():
     """Without a last barrier of the cluster, block 0 may be gone when block 1 arrives there."""
     body = """mov.u32 %r8, %cluster_ctarank; @%p0 mbarrier.init.shared.b64 [%s], 1; fence.mbarrier_init.release.cluster;
