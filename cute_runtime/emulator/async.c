@@ -199,7 +199,7 @@ static void bulk(struct warp *warp, const struct instruction *in, u32 lanes) {
 static void store_async(struct warp *warp, const struct instruction *in, u32 lanes) {
     const s32 *args = engine.launch->args + in->first;
     FOR_LANES(l, lanes) {
-        struct operation *operation = issue(warp, in, TILE_LOAD, LOAD, 1u << l);
+        struct operation *operation = issue(warp, in, TILE_LOAD, SEND, 1u << l);
         operation->shared = (u32)address_operand(warp, args, l);
         operation->value = REGISTER(u32, warp, args[3])[l];
         operation->mbarrier = (u32)address_operand(warp, args + 4, l);
@@ -263,6 +263,7 @@ void check_exit(struct warp *warp) {
         u32 at = operation->shared, rank = at >> RANK_SHIFT ? (at >> RANK_SHIFT) - 1 : (u32)operation->warp->block->rank;
         u32 targets = operation->multicast ? operation->multicast : 1u << rank;
         if (targets >> warp->block->rank & 1)
-            fail("the block ends while a bulk load of line %d still writes its shared memory", operation->line);
+            fail("the block ends while the %s of line %d still writes its shared memory", operation->inlined ? "st.async" : "bulk load",
+                 operation->line);
     }
 }

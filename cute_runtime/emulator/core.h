@@ -33,8 +33,8 @@ enum space { GENERIC, GLOBAL, SHARED, PARAM, LOCAL };
 
 /* Who does a thing to shared memory: lanes of a warp, one lane of it alone, or hardware that acts for it later. Clocks count what
  * each has done. The one lane is apart because it may release its own accesses at any time, those of the others only after a
- * bar.warp.sync. Those up to COPY use the generic proxy, the others the async one. */
-enum agent { SELF, SOLO, COPY, PRODUCT, STORE, LOAD, AGENTS };
+ * bar.warp.sync. Those up to SEND use the generic proxy, the others the async one. */
+enum agent { SELF, SOLO, COPY, SEND, PRODUCT, STORE, LOAD, AGENTS };
 enum { READERS = 4 }; /* of a word: SELF, SOLO, PRODUCT, STORE */
 
 /* Mirrored by program.py's INSTRUCTION. */

@@ -77,7 +77,7 @@ u8 *global_bytes(u64 address, u32 size, enum access access) {
 
 u32 component(const struct warp *warp, enum agent agent) { return (u32)(agent * engine.warps_per_cluster + warp->in_cluster); }
 
-static const char *const doing[] = {"", "", "cp.async of ", "wgmma of ", "bulk store of ", "bulk load of "};
+static const char *const doing[] = {"", "", "cp.async of ", "st.async of ", "wgmma of ", "bulk store of ", "bulk load of "};
 
 static const char *component_name(u32 number) {
     static char text[2][96];
@@ -90,7 +90,7 @@ static const char *component_name(u32 number) {
     return out;
 }
 
-static const char *const verbs[] = {"", "", "cp.async writes", "wgmma reads", "a bulk store reads", "a bulk load writes"};
+static const char *const verbs[] = {"", "", "cp.async writes", "st.async writes", "wgmma reads", "a bulk store reads", "a bulk load writes"};
 
 static _Noreturn void race(enum agent agent, bool writes, u32 address, const char *what, u32 other, s32 line) {
     char at[48] = "";
@@ -115,7 +115,7 @@ void note_read(struct warp *warp, struct block *block, u32 address, u32 size, en
         }
         if (!engine.launch->check_races || word->atomic) continue;
         if (warp->clocks[word->component] < word->clock) race(agent, false, at, "wrote", word->component, word->line);
-        if (agent > COPY && word->component / (u32)engine.warps_per_cluster <= COPY
+        if (agent > SEND && word->component / (u32)engine.warps_per_cluster <= SEND
             && warp->clocks[engine.clock_count + word->component] < word->clock)
             unfenced(agent, at, word->component, word->line);
     }
@@ -147,7 +147,7 @@ void note_write(struct warp *warp, struct block *block, u32 address, u32 size, e
         if (engine.launch->check_races && word->clock && word->bytes & bytes) {
             if (!(atomic && word->atomic) && warp->clocks[word->component] < word->clock)
                 race(agent, true, i << 2, "wrote", word->component, word->line);
-            if (agent == LOAD && word->component / (u32)engine.warps_per_cluster <= COPY
+            if (agent == LOAD && word->component / (u32)engine.warps_per_cluster <= SEND
                 && warp->clocks[engine.clock_count + word->component] < word->clock)
                 unfenced(agent, i << 2, word->component, word->line);
         }

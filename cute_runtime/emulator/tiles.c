@@ -131,8 +131,10 @@ void issue_tile(struct operation *operation) {
         if (bytes % 16 || !bytes) fail("bulk copy of %u bytes: must be a multiple of 16", bytes);
         global_bytes(operation->global, bytes, load ? READ : WRITE);
     }
-    if (operation->shared % alignment) fail("%s: shared address 0x%x: must be aligned to %u bytes", operation->inlined ? "st.async" : "bulk copy", operation->shared, alignment);
-    engine.statistics[load ? BYTES_LOADED : BYTES_STORED] += bytes;
+    if (operation->shared % alignment)
+        fail("%s: shared address 0x%x: must be aligned to %u bytes", operation->inlined ? "st.async" : "bulk copy", operation->shared,
+             alignment);
+    if (!operation->inlined) engine.statistics[load ? BYTES_LOADED : BYTES_STORED] += bytes;
     if (!load) {
         u32 at = operation->shared;
         struct block *block = block_of(warp, &at);
@@ -147,7 +149,7 @@ void issue_tile(struct operation *operation) {
         struct block *block = target_block(operation, rank, &at);
         if (!block->live) fail("multicast to rank %d of the cluster: that block has ended", rank);
         poison(shared_bytes(block, at, bytes), bytes);
-        note_write(warp, block, at, bytes, LOAD, operation->clock, false);
+        note_write(warp, block, at, bytes, operation->inlined ? SEND : LOAD, operation->clock, false);
         barrier_of(operation, rank);
     }
 }
@@ -172,7 +174,8 @@ void load_tile(const struct operation *operation) {
                     memcpy(block->shared + swizzled(at + run.shared + piece, map.swizzle), bytes + piece, 16);
             }
         }
-        arrive_from(barrier_of(operation, rank), 0, -(s64)operation->size, component(warp, LOAD), operation->clock);
+        u32 from = component(warp, operation->inlined ? SEND : LOAD);
+        arrive_from(barrier_of(operation, rank), 0, -(s64)operation->size, from, operation->clock);
     }
 }
 

@@ -254,10 +254,10 @@ ld.shared.b32 %r3, [%r2]; ld.param.u64 %out, [out]; cvt.u64.u32 %rd1, %r1; add.u
 END: barrier.cluster.arrive; barrier.cluster.wait;"""
 """Each lane of block 0 sends a word to block 1, which awaits them all; what the register holds later is not sent."""
 
-TOO_EARLY = r"race: reads shared memory at 0x8.. that bulk load of warp 0 of block \(0,0,0\) wrote|nobody has written"
+TOO_EARLY = r"race: reads shared memory at 0x8.. that st.async of warp 0 of block \(0,0,0\) wrote|nobody has written"
 ASYNC_STORE_FAULTS = {
     "no wait": (wait("%s", "0"), "", TOO_EARLY),
-    "too few bytes awaited": ("[%s], 128", "[%s], 64", f"{TOO_EARLY}|the block ends while a bulk load of line 12 still writes"),
+    "too few bytes awaited": ("[%s], 128", "[%s], 64", f"{TOO_EARLY}|the block ends while the st.async of line 12 still writes"),
     "too many bytes awaited": ("[%s], 128", "[%s], 132", "0 of 1 arrivals and 4 bytes are missing"),
     "address not aligned": ("[%r1], %r3, [%r2]", "[%r1+2], %r3, [%r2]", "st.async: shared address 0x2000802: must be aligned to 4 bytes"),
 }
