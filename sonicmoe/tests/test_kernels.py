@@ -34,6 +34,8 @@ BUILT = {
 
 SEEDS = range(3)
 BLOCKS = 4
+GRIDS = (BLOCKS, 64, 2)
+"""Blocks by the seed: with 64 there are more than tiles, with 2 most tiles go by ticket."""
 
 H, I, E = 136, 72, 7
 LONG = 264
@@ -160,12 +162,12 @@ def down_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DispatchPla
     return a, random(E, H, LONG, dtype=torch.bfloat16, seed=3), random(E, H, dtype=torch.bfloat16, seed=4), own
 
 
-def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, dependent: int = 0, **options) -> torch.Tensor:
+def emulated_down(name: str, *, blocks: int = BLOCKS, dependent: int = 0, tickets: torch.Tensor | None = None, **options) -> torch.Tensor:
     a, w_down, b_down, own = down_inputs()
     y = poisoned(len(a), H, dtype=a.dtype)
     bias = b_down if BUILT[name].params["bias"] else None
-    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, own.tickets, y, BLOCKS, dependent, edit=edit, **options)
-    assert not own.tickets.any()
+    tickets = own.tickets if tickets is None else tickets
+    emulator.launch(BUILT[name], a, w_down, bias, own.offsets, tickets, y, blocks, dependent, **options)
     return y
 
 
@@ -173,10 +175,24 @@ def emulated_down(name: str, *, edit: Callable[[str], str] | None = None, depend
 def test_emulated_down_projection_has_float64s_values_in_every_order(name):
     a, w_down, b_down, own = down_inputs()
     want = reference.down_projection(a.double(), w_down.double(), b_down.double() if BUILT[name].params["bias"] else None, own)
-    first, *others = (emulated_down(name, seed=seed, dependent=seed % 2) for seed in SEEDS)
+    tickets, orders = torch.zeros(TICKETS, dtype=torch.int32), zip(SEEDS, GRIDS, strict=True)
+    first, *others = (emulated_down(name, seed=seed, blocks=blocks, dependent=seed % 2, tickets=tickets) for seed, blocks in orders)
+    assert not tickets.any()
     assert_close_by_expert(first, want, own.offsets)
     for other in others:
         assert torch.equal(first.view(torch.int16), other.view(torch.int16))
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if "dense" in name])
+@pytest.mark.parametrize("blocks", [2, 64])
+def test_no_tile_is_computed_twice(name, blocks):
+    """A counter that nobody resets ends at one ticket a cluster and one a tile begun: as many are begun as there are, and as the values
+    are right, each of them. The next launch then leaves tiles out."""
+    tile, tickets = TILES[BUILT[name].params["tile"]], torch.zeros(TICKETS, dtype=torch.int32)
+    count = sum(-(-rows // (tile.m * tile.cluster)) for rows in COUNTS) * -(-H // tile.n)
+    emulated_down(name, blocks=blocks, tickets=tickets, edit=without(RESET))
+    assert tickets.tolist() == [0, blocks // tile.cluster + count, *[0] * (TICKETS - 2)]
+    assert emulated_down(name, blocks=2, tickets=tickets)[: sum(COUNTS)].isnan().any()
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if "gathered" in name])
@@ -195,10 +211,10 @@ def test_emulated_up_projection_has_float64s_values_in_every_order(name):
         store_z=True,
     )
     results = []
-    for seed in SEEDS:
+    for seed, blocks in zip(SEEDS, GRIDS, strict=True):
         a = poisoned(len(own.row_to_token), I, dtype=dtype)
         z = poisoned(len(own.row_to_token), 2 * I, dtype=dtype) if params["store_z"] else None
-        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.tickets, own.row_to_token, a, z, BLOCKS, seed=seed)
+        emulator.launch(BUILT[name], x, w_up, b_up, own.offsets, own.tickets, own.row_to_token, a, z, blocks, seed=seed)
         assert not own.tickets.any()
         results.append((a, z) if params["store_z"] else (a,))
     for got, exact in zip(results[0], want[: len(results[0])], strict=True):
@@ -256,12 +272,22 @@ def without(pattern: str, number: int | None = None, instead: str = "") -> Calla
     return edit
 
 
-def before_wgmma(ptx: str) -> str:
-    """Takes away the wait for the stage: the last one before the first product."""
-    head, mma, tail = ptx.partition("wgmma.fence")
-    waits = list(re.finditer(TRY_WAIT, head))
-    return head[: waits[-1].start()] + "setp.eq.u32 P1, 0, 0;" + head[waits[-1].end() :] + mma + tail
+RESET = r"st\.global\.b32\s+\[%rd\d+(\+\d+)?\], 0;"
+"""Of the counter of tiles, the only plain store of a zero."""
 
+
+def without_wait(number: int, before: str) -> Callable[[str], str]:
+    """Takes away the ``number``-th last wait before the first ``before``."""
+
+    def edit(ptx: str) -> str:
+        waits = list(re.finditer(TRY_WAIT, ptx[: ptx.index(before)]))
+        return ptx[: waits[-number].start()] + "setp.eq.u32 P1, 0, 0;" + ptx[waits[-number].end() :]
+
+    return edit
+
+
+before_wgmma = without_wait(1, "wgmma.fence")
+"""The wait for the stage."""
 
 DEFECTS = {
     "no wait before the products": (before_wgmma, "race: wgmma reads shared memory .* that bulk load of warp 0"),
@@ -296,6 +322,20 @@ def test_planted_defect_is_caught_whatever_the_order(defect):
     for seed in SEEDS:
         with pytest.raises(emulator.EmulationError, match=message):
             emulated_down("dense, ping-pong, bias", edit=edit, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (2, "race: reads shared memory at .* that st.async of warp 0 "),
+        (1, "race: st.async writes shared memory at .* that warp 0 .* reads"),
+    ],
+    ids=["read before it has come", "sent before the one before it was read"],
+)
+def test_a_ticket_of_a_cluster_waits_in_both_blocks(number, message):
+    for seed in SEEDS:
+        with pytest.raises(emulator.EmulationError, match=message):
+            emulated_down("dense, ping-pong, cluster", edit=without_wait(number, "st.async"), seed=seed, blocks=2)
 
 
 def test_missing_wait_shows_without_the_checks_too():
