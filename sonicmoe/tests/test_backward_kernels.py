@@ -3,11 +3,15 @@
 What is emulated is compiled for sm_90a; the same compilation is read for registers and spills.
 """
 
+import re
+
 import pytest
 import torch
 
 import cute_runtime
 from cute_runtime import emulator
+from dispatch.chunk_counts import multiprocessors
+from dispatch.kernels.sizes import TICKETS
 from routing import Routing
 from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate
@@ -28,18 +32,28 @@ SIZES = (136, 72, 100, [5, 1, 0, 200, 64, 0, 130])
 """H, I, T and the experts' rows: none, one, a whole block of 64, tails; H and I end within a stage and a tile."""
 
 SEEDS = (0, 1)
+MULTIPROCESSORS = (4, 64)
+"""By the seed: fewer clusters than tiles, so that some go by ticket, and more."""
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     poison_new_tensors(monkeypatch)
+    multiprocessors.cache_clear()
+    yield
+    multiprocessors.cache_clear()
+
+
+RESET = r"st\.global\.b32\s+\[%rd\d+(\+\d+)?\], 0;"
+"""Of the counter of tiles."""
 
 
 def in_every_order(check):
     """The results of ``check()`` for each seed; they must have the same bits, NaN where nothing is written included."""
     results = []
-    for seed in SEEDS:
-        with emulator.emulation(seed=seed) as launches:
+    for seed, count in zip(SEEDS, MULTIPROCESSORS, strict=True):
+        multiprocessors.cache_clear()
+        with emulator.emulation(seed=seed, multiprocessors=count) as launches:
             results.append([tensor for tensor in check() if tensor is not None])
         assert launches
     for other in results[1:]:
@@ -60,6 +74,26 @@ def test_activation_backward_matches_float64(overwrite_z):
 def test_weight_and_bias_gradients_match_float64():
     case = make_case()
     in_every_order(lambda: check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=True))
+
+
+@pytest.mark.parametrize("name", ["dw_down", "dw_up"])
+def test_no_tile_of_a_weight_gradient_is_computed_twice(name):
+    """A counter that nobody resets ends at one ticket a cluster and one a tile begun: here a tile an expert, also without rows."""
+    case = make_case()
+
+    def gradient():
+        if name == "dw_up":
+            return hopper_backward.up_weight_grad(case.x, case.dz, case.plan, need_weight=True, need_bias=False)[0]
+        return hopper_backward.down_weight_grad(case.dout, case.scaled_a, case.score, case.plan, need_weight=True, need_bias=False)[0]
+
+    tile = weight_grad_tile(rows=case.rows, experts=len(case.counts))
+    with emulator.emulation(edit=lambda ptx: re.sub(RESET, "", ptx)) as launches:
+        assert not gradient().isnan().any()
+    assert (case.H, case.width) <= (tile.m * tile.cluster, tile.n)
+    clusters = launches[0].grid[0] // tile.cluster
+    assert sorted(case.plan.tickets.tolist()) == [*[0] * (TICKETS - 1), clusters + len(case.counts)]
+    with emulator.emulation():
+        assert gradient().isnan().any()
 
 
 def test_weight_gradients_of_experts_with_several_stages_match_float64():
