@@ -195,6 +195,19 @@ def test_no_tile_is_computed_twice(name, blocks):
     assert emulated_down(name, blocks=2, tickets=tickets)[: sum(COUNTS)].isnan().any()
 
 
+def test_tickets_run_through_more_experts_than_a_warp_holds():
+    counts = torch.arange(70) % 3
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()))
+    a, w_down = random(len(offsets), 64, dtype=torch.bfloat16, seed=0), random(70, 128, 64, dtype=torch.bfloat16, seed=1)
+    owner, tickets = torch.repeat_interleave(counts), torch.zeros(TICKETS, dtype=torch.int32)
+    want = torch.einsum("rk,rnk->rn", a[: len(owner)].double(), w_down.double()[owner])
+    for edit in (None, without(RESET)):
+        y = poisoned(len(a), 128, dtype=a.dtype)
+        emulator.launch(BUILT["dense, small"], a, w_down, None, offsets, tickets, y, BLOCKS, 0, edit=edit)
+        assert_close_by_expert(y, want, offsets)
+        assert tickets.tolist() == [0, 0 if edit is None else BLOCKS + int((counts > 0).sum()), *[0] * (TICKETS - 2)]
+
+
 @pytest.mark.parametrize("name", [name for name in BUILT if "gathered" in name])
 def test_emulated_up_projection_has_float64s_values_in_every_order(name):
     params, own = BUILT[name].params, routed(5)
