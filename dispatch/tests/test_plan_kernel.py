@@ -97,7 +97,7 @@ def few_slots(monkeypatch):
     """Sets how many slots one block plans."""
 
     def choose(count: int) -> None:
-        monkeypatch.setattr(plan_hopper, "FEW_SLOTS", count)
+        monkeypatch.setattr(plan_hopper, "ONE_BLOCK_SLOTS", count)
         plan_hopper.uniform_launch.cache_clear()
 
     yield choose
@@ -115,7 +115,7 @@ def test_emulated_uniform_plan_has_pytorchs_bits(few_slots, tokens, k, experts, 
     assert_emulated(lambda backend: plan(token, expert, **sizes, backend=backend), launches=launches)
 
 
-@pytest.mark.parametrize(("tokens", "launches"), [(FEW_SLOTS // 2, 1), (FEW_SLOTS // 2 + 1, 2)])
+@pytest.mark.parametrize(("tokens", "launches"), [(plan_hopper.ONE_BLOCK_SLOTS // 2, 1), (plan_hopper.ONE_BLOCK_SLOTS // 2 + 1, 2)])
 def test_emulated_plan_of_a_routers_ids_takes_one_launch_if_they_are_few(tokens, launches):
     """(T, K) ids of int32 without their tokens."""
     expert = draw(tokens * 2, 60, 8).int().view(tokens, 2)

@@ -147,12 +147,12 @@ def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.T
     stored, transposed = as_stored("w_up", w_up)
     check_matrices(dz=dz, w_up=stored)
     cute_runtime.check_launch(alignment=4, dz=dz, offsets=plan.offsets)
-    rows, reduced = dz.shape
+    rows = dz.shape[0]
     check_reach(rows, w_up=w_up.shape[1] * w_up.shape[2])
     out = dz.new_empty(rows, w_up.shape[2])
     if rows == 0:
         return out
-    tile = dx_tile(rows=rows, experts=w_up.shape[0], reduced=reduced)
+    tile = dx_tile(rows=rows, experts=w_up.shape[0])
     with cute_runtime.on_device(dz.device):
         _kernel(variants.dx_rows(tile=tile, dtype=DTYPES[dz.dtype], transposed=transposed))(
             dz, stored, plan.offsets, tickets(plan), out, blocks(dz.device)
@@ -176,7 +176,7 @@ def _weight_grad(
     if rows.shape[0] == 0:
         return tokens.new_zeros(shape) if add_to is None else None
     out = tokens.new_empty(shape) if add_to is None else add_to
-    tile = weight_grad_tile(rows=rows.shape[0], experts=plan.num_experts)
+    tile = weight_grad_tile()
     variant = variants.weight_grad(tile=tile, dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
     with cute_runtime.on_device(tokens.device):
         _kernel(variant)(tokens, rows, plan.offsets, tickets(plan), plan.row_to_token, out, blocks(tokens.device))

@@ -113,15 +113,13 @@ large epilogue. A candidate, in no rule yet."""
 
 SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 """For experts of a few rows each, whose weights are all that takes time: twice TALL's tiles of columns, so that more multiprocessors read
-them, 128 KiB of weights in flight, and no consumer without rows. Not measured on a GPU yet."""
+them, 128 KiB of weights in flight, and no consumer without rows."""
 
 TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL)}
 
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes
 less than the 500 cycles in which its weights arrive, so that the rule may reach further where a measurement says so."""
-FITS_BLOCK = 96
-"""Rows an expert has on average up to which many have no more than 64, which leave a cluster's second block without rows."""
 FITS_TALL = 160
 FITS_PAIR = 320
 """Rows an expert has on average up to which nearly all fit one TALL tile, or one PAIR of them, under random routing (the
@@ -133,61 +131,57 @@ MANY_ROWS = 1024
 def up_tile(*, rows: int, experts: int, store_z: bool) -> Tile:
     """The tile of the up-projection, whose long reduction (H) hides the epilogue: the one that loads least.
 
-    ms in training, TALL / PAIR / 128x256 shared by two clustered blocks, on one H200 in one run:
-    (4096,4096,1024,256,8), C_e about 128: 1.37 / 1.91 / 1.48; (4096,4096,1024,128,8), 256: 1.42 / 1.17 / 1.30;
-    (24576,1536,256,128,8), 1536: 0.54 / 0.56 / 0.54; (32768,4096,256,256,16), 2048: 3.69 / 4.05 / 3.82;
-    (32768,4096,1024,128,8), 2048: 7.51 / 8.13 / 7.76.
+    ms in training, TALL / PAIR / WIDE, on one H100 in one run: (32768,4096,1024,128,8), C_e 2048: 6.86 / 7.22 / 7.21;
+    (4096,4096,1024,128,8), C_e about 256: 1.80 / 1.24 / 1.29; (4096,4096,1024,256,8), about 128: 1.83 / 1.94 / 1.73;
+    (24576,1536,256,128,8), 1536: 0.58 / 0.61 / 0.60; (32768,4096,256,256,16), 2048: 3.69 / 3.94 / 3.84.
 
-    SMALL in inference alone, for training does not decode. Expected, not measured on a GPU yet: Qwen3-30B-A3B's up-projection at one
-    token, 48 tiles of TALL on 132 multiprocessors, from 25 to 20 us; no difference from 8 tokens on.
+    SMALL in inference alone, for training does not decode. us, TALL / WIDE / SMALL: Mixtral-8x7B at 1, 8, 64 tokens 167 / 172 / 162,
+    588 / 570 / 572, 655 / 637 / 637; Qwen3-30B-A3B 25.6 / 25.9 / 22.8, 119 / 118 / 111, 277 / 273 / 268.
     """
     if rows <= FITS_SMALL * experts and not store_z:
         return SMALL
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
-    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
+    return WIDE if rows < MANY_ROWS * experts else TALL
 
 
 def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
     """The tile of the down-projection, ``reduced`` = I: its few stages do not hide the epilogue unless another tile does.
 
-    ms, TALL / BROAD / SQUARE, same shapes and run: 0.64 / 0.69 / 0.84; 0.70 / 0.54 / 0.58; 0.30 / 0.28 / 0.29;
-    2.26 / 2.07 / 2.12; 3.66 / 3.46 / 3.37.
-
-    SMALL is expected, not measured on a GPU yet, to take Mixtral-8x7B's down-projection at one token from 122 to 80 us: of TALL it has
-    32 tiles, each read at the 60 GB/s that one multiprocessor takes at most.
+    ms, TALL / BROAD / WIDE, same shapes and run: 3.19 / 3.83 / 3.29; 0.61 / 0.58 / 0.60; 0.90 / 0.89 / 0.86; 0.34 / 0.31 / 0.33;
+    2.27 / 2.09 / 2.21. us, TALL / WIDE / SMALL: Mixtral-8x7B 153 / 110 / 98, 328 / 310 / 301, 345 / 326 / 325; Qwen3-30B-A3B
+    17.1 / 15.8 / 13.4, 65 / 63 / 59, 148 / 143 / 139.
     """
     if rows <= FITS_SMALL * experts:
         return SMALL
     if reduced <= 512 or FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return BROAD
-    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
+    return WIDE if rows < MANY_ROWS * experts else TALL
 
 
 def activation_backward_tile(*, columns: int) -> Tile:
     """The tile of the activation's backward, ``columns`` = I: its epilogue keeps z, dz and scaled_a of 32 columns beside the
     accumulators, which spills with the 160 registers of three consumers.
 
-    ms, WIDE / SQUARE, on one H100 in one run: (32768,4096,1024,128,8) 4.71 / 4.37; (4096,4096,1024,128,8) 0.94 / 0.94;
-    (4096,4096,1024,256,8) 1.12 / 1.09; at I = 256, where one WIDE tile has all columns of a row, (24576,1536,256,128,8) 0.52 / 0.55;
-    (32768,4096,256,256,16) 2.78 / 2.84.
+    ms, WIDE / SQUARE, same shapes and run: 4.41 / 4.27; 0.83 / 0.73; 1.05 / 1.02; and with I = 256, where one WIDE tile has all columns
+    of a row, 0.48 / 0.46; 2.46 / 2.68.
     """
     return WIDE if columns <= WIDE.n else SQUARE
 
 
-def dx_tile(*, rows: int, experts: int, reduced: int) -> Tile:
-    """The tile of dx's rows, ``reduced`` = Z: SQUARE where few stages or few tiles an expert must hide the stores.
+def dx_tile(*, rows: int, experts: int) -> Tile:
+    """The tile of dx's rows.
 
-    ms, WIDE / SQUARE, same shapes and run: 6.48 / 7.69; 1.51 / 1.33; 1.70 / 1.79; 0.62 / 0.57; 3.79 / 3.63.
+    ms, TALL / WIDE / BROAD, same shapes and run: 6.28 / 6.47 / 8.24; 1.30 / 1.17 / 1.21; 1.62 / 1.60 / 1.85; 0.54 / 0.56 / 0.50;
+    3.57 / 3.79 / 3.99.
     """
-    if reduced <= 512:
-        return SQUARE
-    return WIDE if FITS_BLOCK * experts < rows < MANY_ROWS * experts else TALL
+    return WIDE if rows < MANY_ROWS * experts else TALL
 
 
-def weight_grad_tile(*, rows: int, experts: int) -> Tile:
-    """The tile of the weights' gradients: the gathered operand is the narrower one, and with one or two stages an expert the stores count.
+def weight_grad_tile() -> Tile:
+    """The tile of the weights' gradients: the gathered operand is the narrower one.
 
-    ms of dW_up, WIDE / PAIR, same shapes and run: 7.41 / 7.06; 1.43 / 1.37; 1.98 / 2.23; 0.63 / 0.57; 4.14 / 3.67; of dW_down alike.
+    ms of dW_up, WIDE / TALL / PAIR, same shapes and run: 7.42 / 6.99 / 7.06; 1.51 / 1.33 / 1.38; 2.19 / 1.82 / 1.85; 0.60 / 0.55 / 0.55;
+    4.05 / 3.62 / 3.69; of dW_down alike.
     """
-    return WIDE if rows <= FITS_TALL * experts else TALL
+    return TALL

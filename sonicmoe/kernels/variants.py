@@ -103,7 +103,7 @@ def backward_variants(
     first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, SQUARE)] + [score_grad(dtype=dtype, bias=bias)]
     weights = weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
-    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE, SQUARE)]
+    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE)]
 
 
 def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
@@ -114,7 +114,7 @@ def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool
 
 def weight_grads(*, dtype: str, add: bool) -> list[Variant]:
     """Both weights' gradients, stored, or added into float32 buffers."""
-    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((WIDE, TALL), (False, True))]
+    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((TALL,), (False, True))]
 
 
 def prebuilt_variants() -> list[Variant]:

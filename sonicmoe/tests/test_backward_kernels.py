@@ -86,7 +86,7 @@ def test_no_tile_of_a_weight_gradient_is_computed_twice(name):
             return hopper_backward.up_weight_grad(case.x, case.dz, case.plan, need_weight=True, need_bias=False)[0]
         return hopper_backward.down_weight_grad(case.dout, case.scaled_a, case.score, case.plan, need_weight=True, need_bias=False)[0]
 
-    tile = weight_grad_tile(rows=case.rows, experts=len(case.counts))
+    tile = weight_grad_tile()
     with emulator.emulation(edit=lambda ptx: re.sub(RESET, "", ptx)) as launches:
         assert not gradient().isnan().any()
     assert (case.H, case.width) <= (tile.m * tile.cluster, tile.n)
@@ -99,7 +99,7 @@ def test_no_tile_of_a_weight_gradient_is_computed_twice(name):
 def test_weight_gradients_of_experts_with_several_stages_match_float64():
     """Three consumers of 64 columns of A each, of which the last of the second tile has none and does not come to the tail's barrier."""
     case = Case(264, 72, 100, [450, 1, 390], dtype=torch.bfloat16, device="cpu")
-    assert weight_grad_tile(rows=case.rows, experts=len(case.counts)) is TALL
+    assert weight_grad_tile() is TALL
     with emulator.emulation() as launches:
         check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=False)
     assert {launch.block for launch in launches} == {(TALL.threads, 1, 1)}
@@ -107,7 +107,7 @@ def test_weight_gradients_of_experts_with_several_stages_match_float64():
 
 def test_consumers_without_columns_may_be_tiles_ahead_at_the_tails_barrier(monkeypatch):
     """Tiles of 192, 192 and 64 columns, one or two stages each: two of three consumers leave every third tile at once."""
-    monkeypatch.setattr(hopper_backward, "weight_grad_tile", lambda **sizes: TALL)
+    monkeypatch.setattr(hopper_backward, "weight_grad_tile", lambda: TALL)
     monkeypatch.setattr(hopper_backward, "blocks", lambda device: 2)
     case = Case(448, 8, 50, [70, 5, 33, 1], dtype=torch.bfloat16, device="cpu")
     in_every_order(lambda: check_weight_grads(case, hopper_backward.down_weight_grad, hopper_backward.up_weight_grad, bias=False))

@@ -40,7 +40,7 @@ def test_a_step_takes_four_launches_and_has_the_long_ways_bits(on_hopper, monkey
         with torch.no_grad(), emulator.emulation(seed=seed) as launches:
             outs.append(routed_experts(*inputs, routing, gate_up_layout="concatenated"))
         assert len(launches) == 4
-    monkeypatch.setattr(plan_hopper, "FEW_SLOTS", 0)
+    monkeypatch.setattr(plan_hopper, "ONE_BLOCK_SLOTS", 0)
     plan_hopper.uniform_launch.cache_clear()
     with torch.no_grad(), emulator.emulation() as launches, backends.one_by_one():
         outs.append(routed_experts(*inputs, written_out, gate_up_layout="concatenated"))

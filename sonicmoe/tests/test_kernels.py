@@ -93,33 +93,30 @@ def test_a_tile_that_breaks_a_rule_is_refused_by_name(tile, rule):
 
 def test_tiles_follow_the_rows_of_an_expert():
     for store_z in (True, False):
-        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z) is TALL
+        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z) is WIDE
         assert tiles.up_tile(rows=32768, experts=256, store_z=store_z) is WIDE
         assert tiles.up_tile(rows=32768, experts=128, store_z=store_z) is PAIR
         assert tiles.up_tile(rows=262144, experts=128, store_z=store_z) is TALL
-    assert tiles.down_tile(rows=4096, experts=64, reduced=1024) is TALL
+    assert tiles.down_tile(rows=4096, experts=64, reduced=1024) is WIDE
     assert tiles.down_tile(rows=32768, experts=256, reduced=1024) is WIDE
     assert tiles.down_tile(rows=32768, experts=128, reduced=1024) is BROAD
     assert tiles.down_tile(rows=262144, experts=128, reduced=1024) is TALL
     assert tiles.down_tile(rows=524288, experts=256, reduced=256) is BROAD
 
 
-@pytest.mark.parametrize(("rows", "decoded"), [(8, SMALL), (8 * 128, SMALL), (8 * 128 + 1, TALL)])
+@pytest.mark.parametrize(("rows", "decoded"), [(8, SMALL), (8 * 128, SMALL), (8 * 128 + 1, WIDE)])
 def test_few_rows_take_the_small_tile_in_inference(rows, decoded):
     assert tiles.up_tile(rows=rows, experts=128, store_z=False) is decoded
-    assert tiles.up_tile(rows=rows, experts=128, store_z=True) is TALL
+    assert tiles.up_tile(rows=rows, experts=128, store_z=True) is WIDE
     assert tiles.down_tile(rows=rows, experts=128, reduced=768) is decoded
 
 
 def test_tiles_of_the_backward_follow_the_sizes():
     assert tiles.activation_backward_tile(columns=1024) is SQUARE
     assert tiles.activation_backward_tile(columns=256) is WIDE
-    assert tiles.dx_tile(rows=32768, experts=256, reduced=2048) is WIDE
-    assert tiles.dx_tile(rows=4096, experts=64, reduced=2048) is TALL
-    assert tiles.dx_tile(rows=262144, experts=128, reduced=2048) is TALL
-    assert tiles.dx_tile(rows=524288, experts=256, reduced=512) is SQUARE
-    assert tiles.weight_grad_tile(rows=32768, experts=256) is WIDE
-    assert tiles.weight_grad_tile(rows=262144, experts=128) is TALL
+    assert tiles.dx_tile(rows=32768, experts=256) is WIDE
+    assert tiles.dx_tile(rows=262144, experts=128) is TALL
+    assert tiles.weight_grad_tile() is TALL
 
 
 def test_prebuilt_variants_cover_the_tiles_of_the_rules():

@@ -29,13 +29,13 @@ def test_every_layer_of_the_hopper_profile_finds_its_kernels():
                 up = up_tile(rows=rows, experts=sizes.E, store_z=store_z)
                 needed.add(variants.up_projection(tile=up, **options, **common, store_z=store_z).name)
             needed.add(variants.down_projection(tile=down, **common).name)
-            dtype, width = common["dtype"], sizes.I * (2 if gated else 1)
+            dtype = common["dtype"]
             back = activation_backward_tile(columns=sizes.I)
             needed.add(variants.activation_backward(tile=back, **options, dtype=dtype, dz=True, dscore=True, scaled_a=True).name)
             needed.add(variants.score_grad(**common).name)
-            gradient = weight_grad_tile(rows=rows, experts=sizes.E)
+            gradient = weight_grad_tile()
             needed |= {variants.weight_grad(tile=gradient, dtype=dtype, transposed=side).name for side in (True, False)}
-            needed.add(variants.dx_rows(tile=dx_tile(rows=rows, experts=sizes.E, reduced=width), dtype=dtype).name)
+            needed.add(variants.dx_rows(tile=dx_tile(rows=rows, experts=sizes.E), dtype=dtype).name)
             needed |= {variants.bias_grad(dtype=dtype, gathered=side).name for side in (True, False) if cell.bias}
     assert len(needed) > 30
     assert needed - built == set()
