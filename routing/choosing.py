@@ -1,8 +1,11 @@
 """Top-K routing: each token takes its K best experts. Notation: T tokens, E experts, K experts per token."""
 
+from functools import partial
+
 import torch
 
 from routing import hopper
+from routing.recomputed import Origin, slot_scores_torch
 from routing.scoring import check_choice, check_finite, check_logits, choose, expert_scores, finite, renormalized
 from routing.top_k_hopper import top_k_hopper
 from routing.types import Routing
@@ -19,6 +22,7 @@ def top_k(
     num_groups: int = 1,
     groups_per_token: int = 1,
     group_score: str = "top2",
+    origin: Origin | None = None,
 ) -> Routing:
     """Route each token to its k best experts.
 
@@ -37,6 +41,8 @@ def top_k(
         num_groups, groups_per_token: the experts form num_groups groups of neighbours, and a token's experts come from its
             groups_per_token best groups.
         group_score: a group's value, the sum of its two best experts ("top2", DeepSeek-V3) or its best one ("max", DeepSeek-V2).
+        origin: (x, weight) that the logits are the product of, see routing/recomputed.py: backward multiplies them again and keeps no
+            logits. No gradient goes to them from here. None: the logits are kept.
 
     Returns:
         A Routing of R = T * K slots: slot ``t * K + j`` is token t's j-th best expert. Differentiable in the logits through
@@ -58,10 +64,9 @@ def top_k(
     check_finite(logits)
     if hopper.supports(logits, k, groups_per_token):
         settings = (k, scoring, renormalize, scale, num_groups, groups_per_token, group_score)
-        return Routing(*top_k_hopper(logits, selection_bias, *settings), num_tokens, num_experts, k)
-    logits = finite(logits)
+        return Routing(*top_k_hopper(logits, selection_bias, *settings, *(origin or (None, None))), num_tokens, num_experts, k)
     expert_index = choose(
-        logits,
+        finite(logits.detach()),
         k,
         scoring=scoring,
         selection_bias=selection_bias,
@@ -69,17 +74,25 @@ def top_k(
         groups_per_token=groups_per_token,
         group_score=group_score,
     )
+    score = partial(_chosen_scores, scoring=scoring, renormalize=renormalize, scale=scale)
+    narrow = expert_index.to(torch.int32)
+    return Routing(
+        token_index=torch.arange(num_tokens * k, dtype=torch.int32, device=logits.device) // k,
+        expert_index=narrow.flatten(),
+        score=slot_scores_torch(score, logits, (narrow,), origin),
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        slots_per_token=k,
+    )
+
+
+def _chosen_scores(logits: torch.Tensor, expert_index: torch.Tensor, *, scoring: str, renormalize: bool, scale: float) -> torch.Tensor:
+    """(T * K,) the scores of each token's experts (T, K)."""
+    logits, expert_index = finite(logits), expert_index.long()
     if scoring == "softmax_topk":
         score = torch.softmax(logits.gather(1, expert_index), dim=1)
     else:
         score = expert_scores(logits, scoring).gather(1, expert_index)
         if renormalize:
             score = renormalized(score)
-    return Routing(
-        token_index=torch.arange(num_tokens * k, dtype=torch.int32, device=logits.device) // k,
-        expert_index=expert_index.to(torch.int32).flatten(),
-        score=score.flatten() * scale,  # a tensor of its own, not a view: wrappers such as FSDP2 hook what a layer returns
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        slots_per_token=k,
-    )
+    return score.flatten() * scale  # a tensor of its own, not a view: wrappers such as FSDP2 hook what a layer returns

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from routing.choosing import top_k
+from routing.recomputed import Origin
 from routing.rounding import Targets, check_rounding, token_rounding
 from routing.scoring import check_choice
 from routing.types import Routing
@@ -42,8 +43,9 @@ class RouterConfig:
         selection_bias: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         targets: Targets | None = None,
+        origin: Origin | None = None,
     ) -> Routing:
-        """Route logits (T, E). The generator and the targets are token_rounding's."""
+        """Route logits (T, E). The generator and the targets are token_rounding's, the origin either's."""
         scoring = {
             "scoring": self.scoring,
             "renormalize": self.renormalize,
@@ -52,6 +54,7 @@ class RouterConfig:
             "num_groups": self.num_groups,
             "groups_per_token": self.groups_per_token,
             "group_score": self.group_score,
+            "origin": origin,
         }
         if self.method == "top_k":
             return top_k(logits, self.k, **scoring)

@@ -5,11 +5,13 @@ Source: token rounding in "SonicMoE: Accelerating MoE with IO and Tile-aware Opt
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from dispatch import count_cumsum
 from routing import hopper
+from routing.recomputed import Origin, slot_scores_torch
 from routing.rounding_hopper import rounded_slots
 from routing.scores_hopper import slot_scores
 from routing.scoring import check_choice, check_finite, check_logits, check_whole, choose, expert_scores, finite, largest, renormalized
@@ -39,6 +41,7 @@ def token_rounding(
     group_score: str = "top2",
     generator: torch.Generator | None = None,
     targets: Targets | None = None,
+    origin: Origin | None = None,
 ) -> Routing:
     """Top-K routing whose experts' row counts are then rounded to multiples of tile_m, so that no tile is partly empty.
 
@@ -73,6 +76,7 @@ def token_rounding(
             traces only None.
         targets: what decides the experts' rows in place of the rule above, where these tokens are a part of those whose rows are to
             be whole tiles (expert parallelism). Computed in PyTorch on every device; the capacity grows accordingly.
+        origin: as in top_k.
 
     Returns:
         A Routing of `capacity(...)` slots, a number that depends on shapes only. The slots in use come first, ascending by token,
@@ -99,12 +103,11 @@ def token_rounding(
         token_index, expert_index, token_offsets = _round_hopper(
             logits.detach(), selection_bias, k, tile_m, mode, scoring, groups, generator
         )
-        score = slot_scores(logits, expert_index, token_offsets, scoring, renormalize, scale)
+        score = slot_scores(logits, expert_index, token_offsets, scoring, renormalize, scale, *(origin or (None, None)))
         return Routing(token_index, expert_index, score, num_tokens, num_experts, None)
-    logits = finite(logits)
-    scores = expert_scores(logits, scoring)
+    values = finite(logits.detach())
     chosen = choose(
-        logits,
+        values,
         k,
         scoring=scoring,
         selection_bias=selection_bias,
@@ -112,8 +115,9 @@ def token_rounding(
         groups_per_token=groups_per_token,
         group_score=group_score,
     )
-    token_index, expert_index = _round(scores.detach(), chosen, tile_m, mode, generator, targets)
-    score = _final_scores(logits, scores, token_index, expert_index, scoring, renormalize) * scale
+    token_index, expert_index = _round(expert_scores(values, scoring), chosen, tile_m, mode, generator, targets)
+    score = partial(_final_scores, scoring=scoring, renormalize=renormalize, scale=scale)
+    score = slot_scores_torch(score, logits, (token_index, expert_index), origin)
     return Routing(token_index, expert_index, score, num_tokens, num_experts, None)
 
 
@@ -192,7 +196,7 @@ def _round_hopper(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """token_index and expert_index of the final slots and where each token's begin, by the kernels."""
     num_tokens, num_experts = logits.shape
-    _, chosen, _ = top_k_hopper(logits, selection_bias, k, scoring, False, 1.0, *groups)
+    _, chosen, _ = top_k_hopper(logits, selection_bias, k, scoring, False, 1.0, *groups, None, None)
     counts, _ = count_cumsum(chosen, num_experts, cumsum=False)
     draws = _draws(counts, generator) if mode == "stochastic" else None
     num_slots = capacity(num_tokens, num_experts, k, tile_m, mode)
@@ -241,12 +245,14 @@ def _round(
 
 
 def _final_scores(
-    logits: torch.Tensor, scores: torch.Tensor, token_index: torch.Tensor, expert_index: torch.Tensor, scoring: str, renormalize: bool
+    logits: torch.Tensor, token_index: torch.Tensor, expert_index: torch.Tensor, *, scoring: str, renormalize: bool, scale: float
 ) -> torch.Tensor:
     """(R,) the scores of the slots, 0 for sentinels.
 
     Sums over a token's rows are taken in a masked (T, E) matrix: on a GPU a sum by index would use atomics, forward or backward.
     """
+    logits = finite(logits)
+    scores = expert_scores(logits, scoring)
     num_tokens, num_experts = scores.shape
     position = token_index.long() * num_experts + expert_index
     in_use = expert_index < num_experts
@@ -259,4 +265,4 @@ def _final_scores(
             scores = torch.softmax(logits.masked_fill(~kept, -math.inf), dim=1)
         else:
             scores = renormalized(scores.masked_fill(~final, 0))
-    return scores.flatten().gather(0, torch.where(in_use, position, 0)).masked_fill(~in_use, 0)
+    return scores.flatten().gather(0, torch.where(in_use, position, 0)).masked_fill(~in_use, 0) * scale

@@ -9,7 +9,7 @@ import cute_runtime
 from dispatch.operators import differentiable, fake, operator
 from routing.hopper import DTYPE_NAME
 from routing.kernels import variants
-from routing.scores_hopper import slot_scores_grad
+from routing.scores_hopper import score_grad_of
 
 
 @operator("sonicmoe_routing::top_k")
@@ -23,11 +23,13 @@ def top_k_hopper(
     num_groups: int,
     groups_per_token: int,
     group_score: str,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`routing.top_k` in one launch on the current stream: token_index, expert_index (R,) int32 and score (R,) float32.
 
     The arguments are top_k's, checked by it, and within the limits of routing/hopper.py. Differentiable in the logits through score;
-    only logits and expert_index are kept for that.
+    expert_index is kept for that, and the logits, or in their place x (T, H) and weight (E, H), their origin where it is given.
     """
     num_tokens = logits.shape[0]
     if num_tokens * k > cute_runtime.INT32_ELEMENTS:
@@ -69,6 +71,8 @@ def _(
     num_groups: int,
     groups_per_token: int,
     group_score: str,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _outputs(logits, k)
 
@@ -80,16 +84,15 @@ def _outputs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros in place of the indices' gradients
-    logits, _, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale, *_ = inputs
-    ctx.save_for_backward(logits, output[1])
+    logits, _, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale, _, _, _, x, weight = inputs
+    ctx.save_for_backward(logits if x is None else None, x, weight, output[1])
 
 
 def _backward(ctx, token_index_grad: None, expert_index_grad: None, score_grad: torch.Tensor):
     if score_grad is None:
-        return (None,) * 9
-    logits, expert_index = ctx.saved_tensors
-    grad = slot_scores_grad(logits, expert_index, None, score_grad, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale)
-    return grad, None, None, None, None, None, None, None, None
+        return (None,) * 11
+    grad = score_grad_of(*ctx.saved_tensors, None, score_grad, ctx.k, ctx.scoring, ctx.renormalize, ctx.scale)
+    return grad, *(None,) * 10
 
 
 differentiable(top_k_hopper, _backward, _setup_context)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from routing import RouterConfig, Routing
+from routing.linalg import matmul
 from sonicmoe import names, oracle
 from sonicmoe.activations import activate, is_gated
-from sonicmoe.linalg import matmul
 from sonicmoe.moe import MoE
 from sonicmoe.thiek import Thiek
 from sonicmoe.validation import check_dtype, check_options, check_sizes

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
+from routing.recomputed import Origin
 from sonicmoe import validation
 from sonicmoe.activations import is_gated
 from sonicmoe.experts import routed_experts
@@ -39,7 +40,9 @@ class Parallelism(Protocol):
     def local(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
         """This process's part of a parameter of the experts, differentiable."""
 
-    def route(self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None) -> Routing:
+    def route(
+        self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None, origin: Origin | None = None
+    ) -> Routing:
         """In place of ``config.route``."""
 
     def routed_experts(
@@ -191,15 +194,16 @@ class MoE(nn.Module):
 
         with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
             logits = router(tokens)
+            origin = router.origin(tokens) if isinstance(router, Router) else None
             if parallel is None:
                 if self.main_grads:
                     options["main_grads"] = self._main_grads()
-                routing = self.router_config.route(logits, selection_bias=router.selection_bias)
+                routing = self.router_config.route(logits, selection_bias=router.selection_bias, origin=origin)
                 out = routed_experts(narrow, w_up, w_down, routing, **options)
                 added = None if shared_expert is None else shared()
                 router_output = self._router_output
             else:
-                routing = parallel.route(self.router_config, logits, router.selection_bias)
+                routing = parallel.route(self.router_config, logits, router.selection_bias, origin)
                 meanwhile = None if shared_expert is None else shared
                 out, added = parallel.routed_experts(narrow, w_up, w_down, routing, meanwhile=meanwhile, **options)
                 router_output = partial(parallel.router_output, self.router_config)

@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dispatch.operators import differentiable, fake, not_differentiable, operator, without_autocast
-from sonicmoe.linalg import accumulation_dtype, bfloat16_pair, matmul
+from routing.linalg import accumulation_dtype, bfloat16_pair, linear, matmul
 
 
 class Router(nn.Module):
@@ -43,6 +44,12 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return router_logits(x, self.weight)
 
+    def origin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(x, weight) where calling this module with x gives `routing.linalg.linear` of just these; None where someone's hook,
+        parametrization or subclass may have its say. See `routing.top_k`."""
+        hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__ or _has_any_global_hook()
+        return None if hooked or type(self) is not Router else (x, self.weight)
+
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
         return f"hidden_size={hidden_size}, num_experts={num_experts}, selection_bias={self.selection_bias is not None}"
@@ -55,8 +62,8 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32 copy of x, elsewhere through one. Operands of different dtypes are widened to float32 first.
 
     Backward: dx is rounded once to x's dtype, dweight is summed in float32 and rounded once to weight's. Of the logits' float32
-    gradient, bfloat16 operands on a GPU see the sum of two bfloat16 values, `linalg.bfloat16_pair`; everything else is multiplied in
-    float32.
+    gradient, bfloat16 operands on a GPU see the sum of two bfloat16 values, `routing.linalg.bfloat16_pair`; everything else is multiplied
+    in float32.
 
     Autocast does not reach inside. Judged against `sonicmoe.oracle.layer`, which multiplies the same operands in float64.
     """
@@ -65,8 +72,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @operator("sonicmoe::router_logits")
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    with without_autocast(x.device):
-        return matmul(x, weight.mT)
+    return linear(x, weight)
 
 
 @fake(_logits)

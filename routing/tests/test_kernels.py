@@ -71,7 +71,7 @@ def test_emulated_top_k_has_pytorchs_choice_and_scores(tokens, experts, k, group
     options = {"renormalize": True, "scale": 2.5, "num_groups": groups[0], "groups_per_token": groups[1]}
     want = top_k(logits, k, selection_bias=bias, **options)
     settings = (k, "softmax", *options.values(), "top2")
-    token_index, expert_index, score = same_in_every_order(lambda: top_k_hopper(logits, bias, *settings))
+    token_index, expert_index, score = same_in_every_order(lambda: top_k_hopper(logits, bias, *settings, None, None))
     assert torch.equal(token_index, want.token_index)
     assert torch.equal(expert_index, want.expert_index)
     torch.testing.assert_close(score, want.score, rtol=2e-6, atol=1e-37)
@@ -89,7 +89,7 @@ def test_emulated_token_rounding_has_pytorchs_slots_and_scores(tokens, experts, 
     assert torch.equal(token_index, want.token_index)
     assert torch.equal(expert_index, want.expert_index)
     assert torch.equal(token_offsets, torch.searchsorted(want.token_index, torch.arange(tokens + 1, dtype=torch.int32)).int())
-    (score,) = same_in_every_order(lambda: (slot_scores(logits, expert_index, token_offsets, "softmax", False, 1.0),))
+    (score,) = same_in_every_order(lambda: (slot_scores(logits, expert_index, token_offsets, "softmax", False, 1.0, None, None),))
     torch.testing.assert_close(score, want.score, rtol=2e-6, atol=1e-37)
 
 

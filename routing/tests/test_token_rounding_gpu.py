@@ -220,7 +220,7 @@ def test_operators_pass_the_checks_of_torch_library():
     arguments = (logits, chosen, counts, None, capacity(12, 8, 2, 4, "nearest"), 4, "nearest", "softmax")
     torch.library.opcheck(rounded_slots.op, arguments)
     _, expert_index, token_offsets = rounded_slots(*arguments)
-    torch.library.opcheck(slot_scores.op, (logits.requires_grad_(), expert_index, token_offsets, "softmax", True, 1.0))
+    torch.library.opcheck(slot_scores.op, (logits.requires_grad_(), expert_index, token_offsets, "softmax", True, 1.0, None, None))
 
 
 @pytest.mark.parametrize(("T", "E", "K", "most_us"), [(32768, 128, 8, 400), (16384, 256, 8, 400)])

@@ -251,7 +251,7 @@ def test_compiled_with_fullgraph_gives_eager_values_and_gradients():
 
 def test_operator_passes_the_checks_of_torch_library():
     logits = random_logits(12, 8).cuda().requires_grad_()
-    arguments = (logits, None, 2, "softmax", True, 1.0, 1, 1, "top2")
+    arguments = (logits, None, 2, "softmax", True, 1.0, 1, 1, "top2", None, None)
     # Its aot_dispatch test cannot add up outputs that are integers first and floats then; the test above is for that.
     torch.library.opcheck(top_k_hopper.op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from dispatch import DispatchPlan
+from routing.linalg import accumulation_dtype, matmul
 from sonicmoe.activations import activate, activation_gradient, is_gated
-from sonicmoe.linalg import accumulation_dtype, matmul
 
 
 def up_projection(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
+from routing.recomputed import Origin
 from sonicmoe.experts import routed_experts
 from sonicmoe.moe import RouterOutput
 from sonicmoe.parallel import exchange
@@ -39,12 +40,14 @@ class ExpertParallelism:
         """This process's experts of a parameter; a plain tensor is taken to be them already."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
-    def route(self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None) -> Routing:
+    def route(
+        self, config: RouterConfig, logits: torch.Tensor, selection_bias: torch.Tensor | None, origin: Origin | None = None
+    ) -> Routing:
         """This process's tokens, with token rounding over those of all processes."""
         if config.method == "top_k" or self.processes == 1:
-            return config.route(logits, selection_bias=selection_bias)
+            return config.route(logits, selection_bias=selection_bias, origin=origin)
         targets = GlobalTargets(self.group, config.tile_m, config.mode)
-        return config.route(logits, selection_bias=selection_bias, targets=targets)
+        return config.route(logits, selection_bias=selection_bias, targets=targets, origin=origin)
 
     def routed_experts(
         self,

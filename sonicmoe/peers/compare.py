@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from routing import Routing
+from routing.linalg import matmul
 from sonicmoe import accuracy, benchmark, cases, oracle, timing
 from sonicmoe.activations import is_gated
-from sonicmoe.linalg import matmul
 from sonicmoe.peers import OURS, PEERS, Peer
 
 MODES = ("inference", "forward", "forward+backward")

@@ -114,6 +114,12 @@ def _slot_scores_grad(given: _Inputs) -> Work:
     return Work(0, 2 * math.prod(given.shapes[0]) * given.item_bytes + 8 * given.shapes[1][0])
 
 
+def _slot_scores_grad_again(given: _Inputs) -> Work:
+    """The same for logits that the operator makes: their product is `aten::mm`'s work."""
+    (T, _), (E, _), (R,) = given.shapes[:3]
+    return Work(0, 2 * T * E * 4 + 8 * R)
+
+
 _RULES = {
     "aten::mm": _product,
     "aten::bmm": _product,
@@ -122,5 +128,6 @@ _RULES = {
     "sonicmoe_routing::top_k": _top_k,
     "sonicmoe_routing::slot_scores": _slot_scores,
     "sonicmoe_routing::slot_scores_grad": _slot_scores_grad,
+    "sonicmoe_routing::slot_scores_grad_again": _slot_scores_grad_again,
 }
 """Routing as docs/kernels/top_k.md counts it."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from routing.linalg import bfloat16_pair
 from sonicmoe import router
-from sonicmoe.linalg import bfloat16_pair
 from sonicmoe.router import router_logits
 
 T, H, E = 300, 64, 24

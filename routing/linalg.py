@@ -2,6 +2,8 @@
 
 import torch
 
+from dispatch.operators import without_autocast
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for bfloat16, float16 and float32; float64 for float64."""
@@ -16,6 +18,12 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
     return torch.mm(a.to(wide), b.to(wide))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` by `matmul`: x (T, H), weight (E, H) -> (T, E). Autocast does not reach inside."""
+    with without_autocast(x.device):
+        return matmul(x, weight.mT)
 
 
 def bfloat16_pair(a: torch.Tensor) -> torch.Tensor:
