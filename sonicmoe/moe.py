@@ -194,7 +194,7 @@ class MoE(nn.Module):
 
         with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
             logits = router(tokens)
-            origin = router.origin(tokens) if isinstance(router, Router) else None
+            origin = router.origin(tokens) if torch.is_grad_enabled() and isinstance(router, Router) else None
             if parallel is None:
                 if self.main_grads:
                     options["main_grads"] = self._main_grads()

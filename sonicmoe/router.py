@@ -70,9 +70,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _logits(x, weight)
 
 
-@operator("sonicmoe::router_logits")
-def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return linear(x, weight)
+_logits = operator("sonicmoe::router_logits")(linear)
 
 
 @fake(_logits)
