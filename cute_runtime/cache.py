@@ -9,7 +9,6 @@ import logging
 import os
 from pathlib import Path
 
-from cute_runtime.build import build, writable_folder
 from cute_runtime.objects import CorruptObjectError, object_name, split_object
 from cute_runtime.sources import compiler_version, key, sources
 from cute_runtime.variant import Variant
@@ -37,6 +36,8 @@ def cached_or_built(variant: Variant) -> Path:
         MissingToolError, KernelCompileError: see :func:`cute_runtime.build`.
         ValueError: the cache cannot be written.
     """
+    from cute_runtime.builder import build, writable_folder  # only where nothing is prebuilt
+
     variant_key = key(variant, sources(variant), compiler_version() or "none")
     folder = writable_folder(cache_folder() / variant_key, CACHE_VARIABLE)
     with open(folder / "lock", "w") as lock:

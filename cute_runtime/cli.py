@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cute_runtime.build import KernelCompileError, MissingToolError, build_all
+from cute_runtime.builder import KernelCompileError, MissingToolError, build_all
 from cute_runtime.discover import prebuilt_folders, prebuilt_variants
 from cute_runtime.objects import CorruptObjectError
 from cute_runtime.resources import Resources, cuobjdump, read_resources

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cute_runtime.build import MissingToolError
+from cute_runtime.builder import MissingToolError
 from cute_runtime.objects import split_object
 
 _FATBIN_MAGIC = 0xBA55ED50

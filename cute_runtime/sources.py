@@ -81,9 +81,20 @@ def changed_sources(recorded: dict[str, str]) -> list[str]:
     changed = []
     for name, digest in recorded.items():
         path = source_path(name)
-        if path is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if path is not None and _digest(path) != digest:
             changed.append(name)
     return changed
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, read once a process: the objects of a layer share most of their sources."""
+    status = path.stat()
+    return _digest_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: Path, *identity: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def compiler_version() -> str | None:

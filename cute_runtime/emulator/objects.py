@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cute_runtime.build import run_compile_step, tools, writable_folder
+from cute_runtime.builder import run_compile_step, tools, writable_folder
 from cute_runtime.cache import CACHE_VARIABLE, cache_folder
 from cute_runtime.objects import object_name, write_object
 from cute_runtime.sources import ARCH, COMPILER, key, sources

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 
 import cute_runtime
-from cute_runtime import KernelCompileError, MissingToolError, Variant, emulator, read_resources
+from cute_runtime import KernelCompileError, MissingToolError, Variant, builder, emulator, read_resources
 from cute_runtime import build as build_function
 from cute_runtime import sources as sources_module
 from cute_runtime.cli import main
 from cute_runtime.objects import split_object
-
-builder = sys.modules["cute_runtime.build"]
 
 KERNEL = '''
 """y = x + ADDEND, with an array that does not fit in registers where ``spill`` is true."""

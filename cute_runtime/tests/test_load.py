@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cute_runtime import MissingKernelError, Variant, cache, load
+from cute_runtime import MissingKernelError, Variant, builder, cache, load
 from cute_runtime import sources as sources_module
 from cute_runtime.discover import prebuilt_folders
 from cute_runtime.objects import object_name, split_object, write_object
@@ -53,7 +53,7 @@ def builds(monkeypatch):
         time.sleep(0.05)
         return put(folder, variant, b"built")
 
-    monkeypatch.setattr(cache, "build", build)
+    monkeypatch.setattr(builder, "build", build)
     return calls
 
 
@@ -187,3 +187,15 @@ def test_kernel_is_opened_once_per_process(variant, tmp_path, monkeypatch):
 def test_import_is_light():
     code = "import sys, cute_runtime; print(sorted({'cutlass', 'torch', 'tvm_ffi', 'rich', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_source_of_many_objects_is_read_once(variant, tmp_path, monkeypatch):
+    variants = [Variant(variant.kernel, {"tile": tile}) for tile in (64, 128)]
+    for each in variants:
+        put(tmp_path / "prebuilt", each)
+    read = []
+    monkeypatch.setattr(sources_module.Path, "read_bytes", lambda path: read.append(path.name) or path.open("rb").read())
+    assert [finder.find(each).name for each in variants] == [object_name(each) for each in variants]
+    assert read.count("gemm.py") == 1
+    (tmp_path / "src" / "toy" / "kernels" / "gemm.py").write_text("M = 64\n")
+    assert finder.changed_sources(split_object(tmp_path / "prebuilt" / object_name(variant))[0].sources) == ["toy/kernels/gemm.py"]

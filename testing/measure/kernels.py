@@ -23,7 +23,7 @@ import torch
 
 import dispatch
 from cute_runtime import Variant
-from cute_runtime.build import build_all
+from cute_runtime.builder import build_all
 from routing import top_k
 from sonicmoe import timing
 from sonicmoe.activations import activate, activation_gradient
