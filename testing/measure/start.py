@@ -1,13 +1,16 @@
 """Suite ``start``: the first call of a fresh process, and host time per call afterwards.
 
 First call: a child process imports torch and creates the CUDA context; then the import of this library and the first call of the layer
-count together, making the layer does not. With prebuilt kernels and no compiler: the child gets an empty cache, and where it left
-an object there or imported the compiler, not all kernels were prebuilt and there is no such number. With a compile: the prebuilt
-up-projection is hidden, so that the first child compiles it into the cache and the next one finds it there.
+count together, making the layer does not. The library's bytecode is written before, as pip does when it installs: where Python may not
+write it (PYTHONDONTWRITEBYTECODE), every process compiles a checkout's modules anew, more than half of the import. With prebuilt kernels
+and no compiler: the child gets an empty cache, and where it left an object there or imported the compiler, not all kernels were prebuilt
+and there is no such number. With a compile: the prebuilt up-projection is hidden, so that the first child compiles it into the cache and
+the next one finds it there.
 
 Host time: how long a call takes to return with the GPU idle before each batch of calls, at a size at which the GPU keeps up.
 """
 
+import compileall
 import json
 import os
 import statistics
@@ -29,6 +32,7 @@ from testing.measure.first_call import HIDDEN_KERNEL
 from testing.measure.items import NEEDS_GPU, Bound, Item, NotRunError, Options, cell
 
 ROOT = Path(__file__).absolute().parents[2]
+PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe")
 MODES = {"inference": True, "forward": True, "training step": False}
 """Mode of the first call -> whether the bound is stated for it."""
 PROCESSES = 3
@@ -47,6 +51,12 @@ def items(options: Options) -> list[Item]:
     found.append(Item(name, _compiled(options, name, thiek), _no_compile(options)))
     name = "start/host-time"
     return [*found, Item(name, _host_time(options, name, small))]
+
+
+def write_bytecode(root: Path = ROOT) -> None:
+    """Beside the library's modules; where the checkout cannot be written nothing happens."""
+    for package in PACKAGES:
+        compileall.compile_dir(root / package, quiet=2)
 
 
 def _no_compile(options: Options) -> str:
@@ -96,6 +106,7 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 def _prebuilt(options: Options, name: str, thiek: Thiek, mode: str) -> Callable[[], list[dict[str, Any]]]:
     def run() -> list[dict[str, Any]]:
         count, runs = 1 if options.quick else PROCESSES, []
+        write_bytecode()
         for _ in range(count):
             with _cache() as cache:
                 runs.append(first_call(options, thiek, mode, cache))
@@ -115,6 +126,7 @@ def _prebuilt(options: Options, name: str, thiek: Thiek, mode: str) -> Callable[
 
 def _compiled(options: Options, name: str, thiek: Thiek) -> Callable[[], list[dict[str, Any]]]:
     def run() -> list[dict[str, Any]]:
+        write_bytecode()
         with _cache() as cache:
             first = first_call(options, thiek, "forward", cache, recompile=True)
             objects = _objects(cache)
