@@ -77,9 +77,13 @@ def test_weight_and_bias_gradients_match_float64():
 
 
 @pytest.mark.parametrize("name", ["dw_down", "dw_up"])
-def test_no_tile_of_a_weight_gradient_is_computed_twice(name):
-    """A counter that nobody resets ends at one ticket a cluster and one a tile begun: here a tile an expert, also without rows."""
+def test_no_tile_of_a_weight_gradient_is_computed_twice(monkeypatch, name):
+    """A counter that nobody resets ends at one ticket a cluster and one a tile begun: here a tile an expert, also without rows.
+
+    Two blocks begin with four of the seven tiles, so that tickets decide on the rest.
+    """
     case = make_case()
+    monkeypatch.setattr(hopper_backward, "blocks", lambda device: 2)
 
     def gradient():
         if name == "dw_up":
