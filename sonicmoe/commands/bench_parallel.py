@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--trials {args.trials}: is for one process, --expert-parallel times one layer's rounds")
     processes = launch.start(args.expert_parallel, args.device, timeout_s=args.timeout, command="bench")
     try:
-        return _run(args, processes)
+        code = _run(args, processes)
+        launch.leave()
+        return code
     except PeerError as error:
         print(f"sonicmoe bench: {error}", file=sys.stderr, flush=True)
         return 1
