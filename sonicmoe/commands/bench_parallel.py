@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     processes = launch.start(args.expert_parallel, args.device, timeout_s=args.timeout, command="bench")
     try:
         code = _run(args, processes)
-        launch.leave()
+        processes.leave()
         return code
     except PeerError as error:
         print(f"sonicmoe bench: {error}", file=sys.stderr, flush=True)

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if experiment.shares.first:
         _report(metrics, out, as_json=args.json)
     if processes is not None:
-        _leave()
+        processes.leave()
     return 0
 
 
@@ -110,12 +110,6 @@ def _join(args: argparse.Namespace):
     from sonicmoe.parallel import launch
 
     return launch.start(args.expert_parallel, args.device, timeout_s=args.timeout, command="train")
-
-
-def _leave() -> None:
-    from sonicmoe.parallel import launch
-
-    launch.leave()
 
 
 def _shares(processes, config: TrainConfig, args: argparse.Namespace):

@@ -114,7 +114,7 @@ def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool
 
 def weight_grads(*, dtype: str, add: bool) -> list[Variant]:
     """Both weights' gradients, stored, or added into float32 buffers."""
-    return [weight_grad(tile=tile, dtype=dtype, transposed=side, add=add) for tile, side in product((TALL,), (False, True))]
+    return [weight_grad(tile=TALL, dtype=dtype, transposed=side, add=add) for side in (False, True)]
 
 
 def prebuilt_variants() -> list[Variant]:

@@ -14,8 +14,6 @@ from sonicmoe.parallel.failures import naming_failures
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off unless the environment says otherwise: nothing here gains from it, and where GPUs of one host are shared a
 program that uses it can disturb the others."""
-_own_group: list[bool] = []
-"""Not empty where `start` made the process group, which `leave` then ends."""
 
 DEFAULT_TIMEOUT_S = 600
 
@@ -27,6 +25,8 @@ class Processes:
     mesh: DeviceMesh
     """(replicas, expert): processes along "replicas" own the same experts."""
     device: torch.device
+    owns_group: bool = False
+    """Whether `start` made the process group, which `leave` then ends."""
 
     @property
     def expert(self) -> DeviceMesh:
@@ -52,6 +52,11 @@ class Processes:
     def barrier(self) -> None:
         with naming_failures():
             dist.barrier()
+
+    def leave(self) -> None:
+        """Ends the group that `start` made, once all is done: left to the interpreter's end, its threads may abort the process."""
+        if self.owns_group:
+            dist.destroy_process_group()
 
     def largest(self, value: float) -> float:
         """The largest of all processes' values; a collective."""
@@ -93,7 +98,8 @@ def start(expert: int, device: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, com
         if world % expert:
             raise ValueError(f"--expert-parallel {expert}: must divide the {world} processes that torchrun has started")
     own = _device(device)
-    if not dist.is_initialized():
+    owns_group = not dist.is_initialized()
+    if owns_group:
         without_multicast()
         on_gpu = own.type == "cuda"
         timeout = timedelta(seconds=timeout_s)
@@ -103,15 +109,8 @@ def start(expert: int, device: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, com
         store = dist.PrefixStore(f"sonicmoe/start_{restarts()}", store)
         backend, device_id = ("nccl", own) if on_gpu else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
-        _own_group.append(True)
     mesh = init_device_mesh(own.type, (dist.get_world_size() // expert, expert), mesh_dim_names=("replicas", "expert"))
-    return Processes(mesh, own)
-
-
-def leave() -> None:
-    """Ends the group that `start` made, once all is done: left to the interpreter's end, its threads may abort the process."""
-    if _own_group and dist.is_initialized():
-        dist.destroy_process_group()
+    return Processes(mesh, own, owns_group)
 
 
 def without_multicast() -> None:
