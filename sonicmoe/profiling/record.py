@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from sonicmoe.profiling import trace
@@ -29,19 +30,24 @@ class Recorder(Stepped):
     def __init__(self, *, warmup: int, steps: int, on_gpu: bool, metadata: dict[str, Any] | None = None) -> None:
         super().__init__(warmup=warmup, steps=steps)
         self._metadata = dict(metadata or {})
+        self._on_gpu = on_gpu
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         self._exit = ExitStack()
         self._profile: profile | None = None
         self._recorded: dict[str, Any] = {}
-        self._left = 0
+        self._left = self._recording = 0
         self._finish: Callable[[dict[str, Any]], bool] = self._measured
 
     def start(self) -> None:
         self._begin(self.warmup, self.steps + 1, self._measured, record_shapes=True)
 
     def step(self) -> bool:
-        self._profile.step()
         self._left -= 1
+        if self._on_gpu and self._left in (self._recording, 0):
+            # A host that runs ahead would else take the GPU's last warmup steps for the first that count, and end the recording before
+            # the GPU has done what it was given.
+            torch.cuda.synchronize()
+        self._profile.step()
         if self._left:
             return True
         self._exit.close()
@@ -51,7 +57,7 @@ class Recorder(Stepped):
         self._exit.close()
 
     def _begin(self, warmup: int, active: int, finish: Callable[[dict[str, Any]], bool], **options: Any) -> None:
-        self._left, self._finish = warmup + active, finish
+        self._left, self._recording, self._finish = warmup + active, active, finish
         self._profile = profile(
             activities=self._activities,
             schedule=schedule(wait=0, warmup=warmup, active=active, repeat=1),
