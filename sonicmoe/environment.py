@@ -3,6 +3,8 @@
 import datetime
 import importlib.metadata
 import platform
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ def describe(device: str | None = None) -> dict[str, Any]:
     index = _gpu_index(device)
     gpu = {"device": _cpu_name(), "driver": None, "power_limit_w": None} if index is None else _describe_gpu(index)
     return {**gpu, "versions": versions(), **_source_state(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def command(*words: str) -> str:
+    """A command line for a recorded result: of absolute paths, which say where things lie on one machine, only the names."""
+    return shlex.join(re.sub(r"(?<![^=:])/[^=:]*/", "", word) for word in words)
 
 
 def versions() -> dict[str, str | None]:

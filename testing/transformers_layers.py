@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -336,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: of a whole run testing/results/transformers-DEVICE.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", "testing.transformers_layers", *(sys.argv[1:] if argv is None else argv)])
+    command = environment.command("python", "-m", "testing.transformers_layers", *(sys.argv[1:] if argv is None else argv))
     try:
         described = environment.describe(str(devices.choose(arguments.device)))
         result = {**described, "command": command, "tiny": arguments.tiny, "cells": list(_run(arguments))}

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def _judge(problem: benchmark.Problem, processes: launch.Processes, split: list[
 def _report(
     args: argparse.Namespace, problem: benchmark.Problem, described: dict[str, Any], cells: list[dict], judged: benchmark.Judged | None
 ) -> None:
-    result = {**described, "command": shlex.join(["torchrun", "-m", "sonicmoe", *sys.argv[1:]]), "cells": cells}
+    result = {**described, "command": environment.command("torchrun", "-m", "sonicmoe", *sys.argv[1:]), "cells": cells}
     text = json.dumps(result, indent=2, allow_nan=False)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import sys
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sonicmoe import environment
 from sonicmoe.accuracy import Threshold
 from sonicmoe.benchmark import Judged, Problem, Rows
 
@@ -109,14 +109,14 @@ def rows_table(rows: Rows) -> Table:
     return table
 
 
-def title(problem: Problem, environment: dict[str, Any]) -> str:
+def title(problem: Problem, machine: dict[str, Any]) -> str:
     described = problem.describe()
-    power = f", power limit {environment['power_limit_w']:.0f} W" if environment["power_limit_w"] else ""
+    power = f", power limit {machine['power_limit_w']:.0f} W" if machine["power_limit_w"] else ""
     biased = ", bias" if problem.bias else ""
     return (
         f"T,H,I,E,K = {problem.thiek}; routing {described['routing']}; {problem.dtype}; {problem.activation}{biased}, "
         f"{problem.gate_up_layout}; seed {problem.seed}\n"
-        f"{described['backend']} backend on {environment['device']}{power}, torch {environment['versions']['torch']}"
+        f"{described['backend']} backend on {machine['device']}{power}, torch {machine['versions']['torch']}"
     )
 
 
@@ -130,12 +130,12 @@ def accuracy_cell(problem: Problem, judged: Judged) -> dict[str, Any]:
     return {**problem.describe(), "mode": "accuracy", "errors": errors, "reference": reference, **verdict}
 
 
-def result_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> str:
+def result_json(described: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> str:
     """The result in the format of recorded results."""
-    command = shlex.join(["sonicmoe", *sys.argv[1:]])
-    return json.dumps({**environment, "command": command, **more, "cells": cells}, indent=2, allow_nan=False)
+    command = environment.command("sonicmoe", *sys.argv[1:])
+    return json.dumps({**described, "command": command, **more, "cells": cells}, indent=2, allow_nan=False)
 
 
-def print_json(environment: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> None:
+def print_json(described: dict[str, Any], cells: list[dict[str, Any]], **more: Any) -> None:
     """`result_json` on stdout."""
-    print(result_json(environment, cells, **more))
+    print(result_json(described, cells, **more))

@@ -43,3 +43,18 @@ def test_missing_packages_and_commands_are_none(monkeypatch):
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package-at-all"))
     assert environment.versions()["no-such-package-at-all"] is None
     assert environment._output([str(Path("no") / "such" / "command")]) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "recorded"),
+    [
+        ("/scratch/me/results/h100.json", "h100.json"),
+        ("--out=/scratch/me/h100.json", "--out=h100.json"),
+        ("sonic-moe=/opt/a:/opt/b/packages", "sonic-moe=a:packages"),
+        ("testing/results/h100.json", "testing/results/h100.json"),
+        ("16384,4096,1024,128,8", "16384,4096,1024,128,8"),
+        ("two-gpus/*", "'two-gpus/*'"),
+    ],
+)
+def test_a_recorded_command_has_no_folders_of_the_machine(word, recorded):
+    assert environment.command("sonicmoe", word) == f"sonicmoe {recorded}"

@@ -8,7 +8,6 @@ import fnmatch
 import json
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,7 +241,9 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "testing.matrix", *sys.argv[1:]])
+    from sonicmoe import environment
+
+    return environment.command("python", "-m", "testing.matrix", *sys.argv[1:])
 
 
 def _shard(text: str) -> tuple[int, int]:

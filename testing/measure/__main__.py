@@ -7,7 +7,6 @@ where its bound does not hold, is neither passed nor failed.
 import argparse
 import json
 import secrets
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = Options(device, backend, arguments.quick, seed)
     names = list(dict.fromkeys(registry.SUITES if "all" in arguments.suites else arguments.suites))
     ran = {"suites": names, "items": arguments.items, "quick": options.quick, "seed": seed, "backend": backend}
-    command = shlex.join(["python", "-m", "testing.measure", *sys.argv[1:]])
+    command = environment.command("python", "-m", "testing.measure", *sys.argv[1:])
     result = {**environment.describe(str(device)), "command": command, **ran, "complete": False, "cells": []}
     for cells in run.run_suites(names, options, pattern=arguments.items):
         result["cells"] += cells
