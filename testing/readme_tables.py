@@ -37,6 +37,11 @@ def peer_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in result["cells"] if "peer" in cell]
 
 
+def peer_sizes(result: dict[str, Any]) -> str:
+    """One command compares at one size, so each size has results of its own."""
+    return " ".join(sorted({thiek_text(cell["thiek"]) for cell in peer_cells(result)}))
+
+
 class Tables(NamedTuple):
     """What stands between the markers of one document."""
 
@@ -86,14 +91,25 @@ def _speed_columns(cell: dict[str, Any]) -> str:
 
 def _peer_table(result: dict[str, Any]) -> str:
     lines = [machine_text(result) + ":", ""]
-    lines += ["| implementation | T,H,I,E,K | routing | mode | ms | TFLOPS | GEMM bound ms | ratio | saved MiB | peak MiB |"]
-    lines += ["|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    lines += [
+        "| implementation | T,H,I,E,K | routing | mode | ms | TFLOPS | GEMM bound ms | ratio | saved MiB | peak MiB | largest error |"
+    ]
+    lines += ["|---|---|---|---|--:|--:|--:|--:|--:|--:|---|"]
     ran = [cell for cell in peer_cells(result) if cell.get("ratio")]
     for cell in ran:
         memory = (f"{cell[key]:.0f}" if cell.get(key) is not None else "" for key in ("saved_mib", "peak_mib"))
-        lines.append(f"| {cell['peer']} | {_speed_columns(cell)} | {' | '.join(memory)} |")
+        lines.append(f"| {cell['peer']} | {_speed_columns(cell)} | {' | '.join(memory)} | {_largest_error(cell)} |")
     lines += [f"\n{cell['peer']}: {cell['why']}" for cell in peer_cells(result) if cell not in ran]
     return "\n".join(lines) + "\n"
+
+
+def _largest_error(cell: dict[str, Any]) -> str:
+    """Of a mode's whole tensors, and which tensor has it; None stands for an error that is not finite."""
+    whole = {name: float("inf") if error["whole"] is None else error["whole"] for name, error in (cell.get("errors") or {}).items()}
+    if not whole:
+        return ""
+    worst = max(whole, key=whole.__getitem__)
+    return f"{whole[worst]:.1e} {worst.removesuffix(' inference')}"
 
 
 def input_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -117,7 +133,7 @@ def _input_table(result: dict[str, Any]) -> str:
 
 TABLES = (
     Tables("README.md", speed_cells, _table),
-    Tables("docs/peers.md", peer_cells, _peer_table, NO_PEERS_RECORDED),
+    Tables("docs/peers.md", peer_cells, _peer_table, NO_PEERS_RECORDED, peer_sizes),
     Tables("docs/input.md", input_cells, _input_table, NO_INPUT_RECORDED),
     Tables("docs/measure.md", measured_tables.select, measured_tables.table, measured_tables.NONE_RECORDED, measured_tables.suites),
     Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),

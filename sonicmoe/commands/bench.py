@@ -1,6 +1,7 @@
 """``sonicmoe bench``: judge and time one layer."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="a folder, or several separated as in PATH, that holds a peer and what it needs; may be given for several peers",
     )
+    limit = "for each process of a comparison; one that takes longer is stopped, the others run all the same (default: 1200)"
+    parser.add_argument("--peer-timeout", type=float, metavar="SECONDS", help=limit)
+    parser.add_argument("--peer-logs", metavar="FOLDER", help="keep what each process of a comparison prints there, as NAME.log")
     parallel_options.add_arguments(parser, transport=True)
     parser.add_argument("--out", metavar="FILE", help="also write the result there, with --expert-parallel")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
@@ -48,14 +52,17 @@ def run(args: argparse.Namespace) -> int:
     parallel_options.check(args)
     if args.expert_parallel is None and args.out is not None:
         raise ValueError(f"--out {args.out}: needs --expert-parallel")
+    comparison = [option for option in ("peer_path", "peer_timeout", "peer_logs") if getattr(args, option) not in (None, [])]
+    if args.peers is None and comparison:
+        raise ValueError(f"{comparison[0].replace('_', '-')}: needs --peers")
     if args.expert_parallel is not None:
-        if args.peers is not None or args.peer_path:
+        if args.peers is not None:
             raise ValueError("--peers: runs on one GPU, must not be given with --expert-parallel")
         from sonicmoe.commands import bench_parallel
 
         return bench_parallel.run(args)
     problem = options.read(args, what="timed")
-    if args.peers is not None or args.peer_path:
+    if args.peers is not None:
         return _run_peers(args, problem)
     benchmark.check(problem, test=not args.skip_test)
     described = environment.describe(str(problem.device))
@@ -103,8 +110,9 @@ def _run_peers(args: argparse.Namespace, problem: "Problem") -> int:
     from sonicmoe.commands import tables
     from sonicmoe.peers import PEERS, compare
 
-    if args.peers is None:
-        raise ValueError("peer-path: needs --peers")
+    timeout_s = compare.TIMEOUT_S if args.peer_timeout is None else args.peer_timeout
+    if not timeout_s > 0:
+        raise ValueError(f"peer-timeout={timeout_s:g}: must be above 0 seconds")
     if args.trials != 1:
         raise ValueError(f"trials={args.trials}: must be 1 with --peers")
     paths = {}
@@ -116,6 +124,9 @@ def _run_peers(args: argparse.Namespace, problem: "Problem") -> int:
     names = args.peers or list(PEERS)
     compare.check_names(names, paths)
     benchmark.check(problem, test=not args.skip_test)
+    logs = None if args.peer_logs is None else Path(args.peer_logs)
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
     described = environment.describe(str(problem.device))
     console = Console(stderr=args.json)
     if not args.json:
@@ -127,6 +138,8 @@ def _run_peers(args: argparse.Namespace, problem: "Problem") -> int:
             names,
             paths,
             test=not args.skip_test,
+            timeout_s=timeout_s,
+            logs=logs,
             started=lambda title: bar.update(task, advance=1, description=title),
         )
     cells = [cell for result in results for cell in compare.mode_cells(problem, result)]

@@ -28,7 +28,7 @@ from sonicmoe.peers import OURS, PEERS, Peer
 
 MODES = ("inference", "forward", "forward+backward")
 TIMEOUT_S = 1200.0
-"""For one peer: some compile their kernels on first use."""
+"""For one process: some peers compile their kernels on first use."""
 EFFORT: dict[str, float] = {}
 """Options of `timing.measure` in every process."""
 WORKER = Path(__file__).with_name("worker.py")
@@ -82,6 +82,8 @@ def compare(
     *,
     test: bool,
     started: Callable[[str], None],
+    timeout_s: float = TIMEOUT_S,
+    logs: Path | None = None,
 ) -> list[dict[str, Any]]:
     """What became of ours and of each peer, in this order: ``name``, and ``status`` with what belongs to it.
 
@@ -93,6 +95,8 @@ def compare(
         paths: name -> folders, separated as in PATH, that go onto the peer's PYTHONPATH before this process's.
         test: compare with the oracle.
         started: told the title of each peer as it starts, and "oracle".
+        timeout_s: for each process; one that takes longer is stopped and has failed, the others run all the same.
+        logs: a folder for what each process prints, NAME.log.
 
     Raises:
         ValueError: there is not enough room for the files.
@@ -104,7 +108,10 @@ def compare(
         results = {}
         for name, peer in peers.items():
             started(peer.title)
-            results[name] = _run_one(problem, peer, paths.get(name), folder, folder / name, test=test)
+            request = request_of(problem, peer, test=test)
+            results[name] = _run_one(request, peer, paths.get(name), folder, folder / name, timeout_s=timeout_s)
+            if logs and (folder / name / "log").exists():
+                shutil.copyfile(folder / name / "log", logs / f"{name}.log")
         started("oracle" if test else "done")
         judge = Judge(problem, folder) if test else None
         for name, result in results.items():
@@ -132,15 +139,14 @@ def prepare(problem: benchmark.Problem, peers: int, folder: Path) -> int:
     return rows
 
 
-def _run_one(problem: benchmark.Problem, peer: Peer, path: str | None, inputs: Path, folder: Path, *, test: bool) -> dict[str, Any]:
+def _run_one(request: Mapping[str, Any], peer: Peer, path: str | None, inputs: Path, folder: Path, *, timeout_s: float) -> dict[str, Any]:
     why = not_installed(peer, path)
     if why:
         return {"status": "not installed", "why": why}
     folder.mkdir()
     (folder / "inputs.pt").symlink_to(inputs / "inputs.pt")
-    request = request_of(problem, peer, test=test)
     (folder / "request.json").write_text(json.dumps(request))
-    return run_worker(folder, path)
+    return run_worker(folder, path, timeout_s=timeout_s)
 
 
 def request_of(problem: benchmark.Problem, peer: Peer, *, test: bool) -> dict[str, Any]:
@@ -163,7 +169,8 @@ def run_worker(folder: Path, path: str | None, *, timeout_s: float = TIMEOUT_S) 
     before = [] if path is None else [os.path.abspath(part) for part in path.split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*before, *map(os.path.abspath, sys.path)])}
     # -P: the adapters' folder must not be on the path, for they have the names of the packages that they import.
-    command = [sys.executable, "-P", str(WORKER), str(folder)]
+    # The peer's folders again as arguments: a .pth file of the site's packages may come before PYTHONPATH, as nvidia-cutlass-dsl's does.
+    command = [sys.executable, "-P", str(WORKER), str(folder), *before]
     options = {"env": environment, "stdin": subprocess.DEVNULL, "timeout": timeout_s, "check": False}
     with open(folder / "log", "w+") as log:
         try:
@@ -183,7 +190,7 @@ class Judge:
     """Errors against the oracle, which is computed once, after all peers have run and left the device."""
 
     def __init__(self, problem: benchmark.Problem, folder: Path) -> None:
-        tensors = torch.load(folder / "inputs.pt", map_location=problem.device, weights_only=True)
+        tensors = torch.load(folder / "inputs.pt", map_location=problem.device, weights_only=True, mmap=True)
         index = {name: tensors.pop(name) for name in ("token_index", "expert_index", "score")}
         routing = Routing(**index, num_tokens=problem.thiek.T, num_experts=problem.thiek.E, slots_per_token=None)
         options = {"activation": problem.activation, "gate_up_layout": problem.gate_up_layout}
@@ -191,7 +198,7 @@ class Judge:
 
     def errors(self, outputs: Path) -> dict[str, accuracy.Error]:
         """o of inference, o, dx, dw_up, dw_down, dscore and the biases' gradients."""
-        got = torch.load(outputs, map_location="cpu", weights_only=True)
+        got = torch.load(outputs, map_location="cpu", weights_only=True, mmap=True)
         found = {}
         for name, tensor in got.items():
             tensor_name = name.removesuffix(" inference")
@@ -222,10 +229,7 @@ def mode_cells(problem: benchmark.Problem, result: Mapping[str, Any]) -> list[di
                 "ratio": bound_ms / own["ms"],
                 "saved_mib": None if mode == "inference" else result["saved_mib"],
                 "peak_mib": result["peak_mib"],
-                "errors": {
-                    name: {key: value if math.isfinite(value) else None for key, value in error._asdict().items()}
-                    for name, error in errors.items()
-                },
+                "errors": {name: _json(error) for name, error in errors.items()},
             }
         )
     return cells

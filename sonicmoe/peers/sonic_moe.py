@@ -24,6 +24,7 @@ class Layer:
     def __init__(self, problem):
         # By name: "sonicmoe" is here the peer's package, not the one that this file belongs to.
         self.functional = importlib.import_module("sonicmoe.functional")
+        self._let_backward_export()
         self.count_cumsum = importlib.import_module("sonicmoe.count_cumsum").count_cumsum
         if problem.activation not in ACTIVATIONS:
             raise ValueError(f"activation={problem.activation!r}: sonic-moe has {', '.join(ACTIVATIONS)}")
@@ -32,6 +33,17 @@ class Layer:
         self.activation = importlib.import_module("sonicmoe.enums").ActivationType(ACTIVATIONS[problem.activation])
         self.problem = problem
         self.leaves = problem.leaves(problem.interleaved)
+
+    @staticmethod
+    def _let_backward_export() -> None:
+        """Detach what the peer's backward hands to its compiler.
+
+        It exports views of weights and of z there. In newer torch (seen in 2.13) a view made inside a custom operator needs a gradient
+        where its base does, which export refuses.
+        """
+        backward = importlib.import_module("sonicmoe.functional.backward")
+        export = backward.convert_torch_tensor_to_cute_tensor
+        backward.convert_torch_tensor_to_cute_tensor = lambda tensor, *layout: export(tensor.detach(), *layout)
 
     def forward(self, *, inference: bool) -> torch.Tensor:
         problem, leaves, functional = self.problem, self.leaves, self.functional

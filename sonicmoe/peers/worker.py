@@ -1,8 +1,9 @@
-"""One peer's run in a process of its own: ``python -P worker.py FOLDER``.
+"""One peer's run in a process of its own: ``python -P worker.py FOLDER [PATH ...]``.
 
 FOLDER holds ``request.json`` (which adapter, what the problem is) and ``inputs.pt``; ``result.json`` and, with the test, ``outputs.pt``
-are written there. This file, the adapters and the modules that it shares with the package are loaded by their paths, so that
-nothing here imports ``sonicmoe``: in sonic-moe's process that name is the peer's.
+are written there. PATHs hold the peer and what it needs, and are searched before everything that is installed. This file, the
+adapters and the modules that it shares with the package are loaded by their paths, so that nothing here imports ``sonicmoe``: in
+sonic-moe's process that name is the peer's.
 
 T tokens, H hidden size, I intermediate size, E experts, R routed rows, Z = 2I for a gated activation, else I.
 """
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +125,7 @@ def load(path: Path) -> ModuleType:
 
 
 def read_problem(folder: Path, request: dict[str, Any]) -> Problem:
-    tensors = torch.load(folder / "inputs.pt", map_location=request["device"], weights_only=True)
+    tensors = torch.load(folder / "inputs.pt", map_location=request["device"], weights_only=True, mmap=True)
     fields = ("x", "w_up", "w_down", "b_up", "b_down", "token_index", "expert_index", "score", "dout")
     options = {name: request[name] for name in ("slots_per_token", "activation", "gate_up_layout", "backend")}
     return Problem(**{name: tensors.get(name) for name in fields}, **options)
@@ -180,10 +182,12 @@ def run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    sys.path[:0] = sys.argv[2:]
     request = json.loads((folder / "request.json").read_text())
     try:
         result = run(folder, request)
     except Exception as error:
+        traceback.print_exc()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         result = {"status": "failed", "why": f"{type(error).__name__}: {lines[0]}"}
     (folder / "result.json").write_text(json.dumps(result))

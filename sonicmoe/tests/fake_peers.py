@@ -110,6 +110,12 @@ class _UpProjection:
         return _interleaved(z, activation_type).detach(), z  # a has no gradient: the peer recomputes it from z
 
 
+def convert_torch_tensor_to_cute_tensor(x, stride_order, leading_dim, alignment, divisibility):
+    """In place of the peer's: refuses what DLPack's export refuses."""
+    assert not x.requires_grad
+    return x
+
+
 class _DownProjection:
     @staticmethod
     def apply(
@@ -179,5 +185,12 @@ class ParallelDroplessMLP(torch.nn.Module):
 def modules() -> dict[str, ModuleType]:
     """What `sys.modules` would hold where the peers are installed."""
     here = sys.modules[__name__]
-    names = ("scattermoe", "sonicmoe.functional", "sonicmoe.enums", "megablocks.layers.arguments", "megablocks.layers.dmoe")
+    names = (
+        "scattermoe",
+        "sonicmoe.functional",
+        "sonicmoe.functional.backward",
+        "sonicmoe.enums",
+        "megablocks.layers.arguments",
+        "megablocks.layers.dmoe",
+    )
     return {**dict.fromkeys(names, here), "sonicmoe.count_cumsum": SimpleNamespace(count_cumsum=count_cumsum)}

@@ -96,22 +96,31 @@ def test_what_a_peer_does_not_take_is_said_in_one_sentence(tmp_path, name, optio
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two folders as --peer-path takes them: sonic-moe, whose package has our name, and a ScatterMoE that breaks."""
-    for package in ("sonic/sonicmoe/functional", "scatter/scattermoe"):
+    """Two folders as --peer-path takes them: sonic-moe, whose package has our name, and a ScatterMoE that breaks.
+
+    What is installed puts itself first on sonic-moe's path, as the .pth file of a package can.
+    """
+    for package in ("sonic/sonicmoe/functional", "scatter/scattermoe", "installed/sonicmoe"):
         (tmp_path / package).mkdir(parents=True)
     shutil.copy(Path(fake_peers.__file__), tmp_path / "sonic" / "fake_peers.py")
-    for module in ("__init__", "functional/__init__", "count_cumsum", "enums"):
+    (tmp_path / "sonic" / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'installed')!r})\n")
+    (tmp_path / "installed" / "sonicmoe" / "__init__.py").write_text("raise ImportError('not the one of --peer-path')\n")
+    for module in ("__init__", "functional/__init__", "functional/backward", "count_cumsum", "enums"):
         text = "from fake_peers import *\nfrom fake_peers import _DownProjection, _UpProjection\n"
         (tmp_path / "sonic" / "sonicmoe" / f"{module}.py").write_text(text)
     (tmp_path / "scatter" / "scattermoe" / "__init__.py").write_text("raise OSError('no triton here\\nsecond line')\n")
     return {"sonic-moe": str(tmp_path / "sonic"), "scattermoe": str(tmp_path / "scatter")}
 
 
-def test_processes_of_their_own_beside_what_is_missing_and_what_fails(folders, capsys, monkeypatch):
+def test_processes_of_their_own_beside_what_is_missing_and_what_fails(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(PEERS, "megablocks", PEERS["megablocks"]._replace(package="megablocks_elsewhere"))
     paths = [option for name, path in folders.items() for option in ("--peer-path", f"{name}={path}")]
-    code = cli.main(["bench", "--peers", *list(PEERS)[1:], "--thiek", str(SIZES), "--device", "cpu", "--seed", "4", *paths, "--json"])
+    logs = ["--peer-logs", str(tmp_path / "logs")]
+    code = cli.main(
+        ["bench", "--peers", *list(PEERS)[1:], "--thiek", str(SIZES), "--device", "cpu", "--seed", "4", *paths, *logs, "--json"]
+    )
     assert code == 0
+    assert "Traceback" in (tmp_path / "logs" / "scattermoe.log").read_text()
     cells = json.loads(capsys.readouterr().out)["cells"]
     modes = ["inference", "forward", "forward+backward"]
     assert [(cell["peer"], cell["mode"], cell["status"]) for cell in cells] == [
@@ -156,6 +165,41 @@ def test_a_process_that_dies_or_hangs_is_a_line_and_no_more(tmp_path, monkeypatc
     assert compare.run_worker(tmp_path, None, timeout_s=0.2)["why"] == "took longer than 0.2 s and was stopped"
 
 
+ONE_OF_EACH = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+adapter = json.loads((folder / "request.json").read_text())["adapter"]
+print(adapter, "began", flush=True)
+if adapter == "grouped_mm":
+    time.sleep(60)
+if adapter == "scattermoe":
+    os.abort()
+(folder / "result.json").write_text(json.dumps({"status": "ran", "paths": sys.argv[2:]}))
+"""
+
+
+def test_one_that_hangs_and_one_that_crashes_leave_the_others_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "WORKER", tmp_path / "worker.py")
+    (tmp_path / "worker.py").write_text(ONE_OF_EACH)
+    started, options = [], {"test": False, "timeout_s": 1.0, "logs": tmp_path}
+    paths = {"megablocks": f"{tmp_path}:{tmp_path.parent}"}
+    results = compare.compare(problem_of(), list(PEERS), paths, started=started.append, **options)
+    assert started == ["this library", *(peer.title for peer in PEERS.values()), "done"]
+    assert [(result["name"], result["status"]) for result in results] == [
+        ("this library", "ran"),
+        ("torch grouped_mm", "failed"),
+        ("sonic-moe", "ran"),
+        ("ScatterMoE", "failed"),
+        ("MegaBlocks", "ran"),
+    ]
+    assert results[1]["why"] == "took longer than 1 s and was stopped"
+    assert results[3]["why"] == "its process ended with exit status -6: scattermoe began"
+    assert (results[0]["paths"], results[4]["paths"]) == ([], [str(tmp_path), str(tmp_path.parent)])
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.log")} == {
+        f"{name}.log": f"{adapter} began\n" for name, adapter in [("ours", "ours"), *((name, peer.adapter) for name, peer in PEERS.items())]
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +208,8 @@ def test_a_process_that_dies_or_hangs_is_a_line_and_no_more(tmp_path, monkeypatc
         (["--peers", "--peer-path", "scattermoe=/nowhere"], "peer-path=scattermoe=/nowhere: /nowhere is not a folder"),
         (["--peers", "--peer-path", "scattermoe=."], "peer-path=scattermoe=.: must hold the package scattermoe"),
         (["--peer-path", "scattermoe=."], "peer-path: needs --peers"),
+        (["--peer-timeout", "5"], "peer-timeout: needs --peers"),
+        (["--peers", "--peer-timeout", "0"], "peer-timeout=0: must be above 0 seconds"),
         (["--peers", "--trials", "2"], "trials=2: must be 1 with --peers"),
     ],
 )

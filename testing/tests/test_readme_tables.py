@@ -49,15 +49,27 @@ def test_power_limits_commits_and_peers_have_tables_of_their_own(place):
     place.record("b", "H100", "2026-01-02", 0.70, commit="b" * 40)
     place.record("capped", "H100", "2025-12-01", 0.65, power_limit_w=350.0)
     peer = {"peer": "ScatterMoE", "mode": "forward", "thiek": [8, 8, 8, 8, 2], "routing": "top_k", "ms": 4.0, "tflops": 100.0}
-    absent = {"peer": "MegaBlocks", "mode": None, "status": "not installed", "why": "not installed: package megablocks"}
+    absent = {
+        "peer": "MegaBlocks",
+        "mode": None,
+        "thiek": [8, 8, 8, 8, 2],
+        "status": "not installed",
+        "why": "not installed: package megablocks",
+    }
     place.record("peers", "H100", "2026-03-01", 0.0, cells=[{**peer, "bound_ms": 1.0, "ratio": 0.25, "saved_mib": 1.6}, absent])
+    errors = {"o": {"whole": 0.003, "worst_block": 0.004}, "dx": {"whole": 0.0052, "worst_block": 0.1}}
+    other = {**peer, "thiek": [8, 8, 8, 4, 2], "bound_ms": 1.0, "ratio": 0.5, "errors": errors}
+    place.record("peers_other_size", "H100", "2026-03-02", 0.0, cells=[other])
+    place.record("peers_again", "H100", "2026-03-03", 0.0, cells=[{**other, "ratio": 0.75}])
     _, text = place()
     heads = [line for line in text.splitlines() if line.startswith("H100 ")]
     assert [("700.0 W" in head, "bbbbbbbbbbbb" in head) for head in heads] == [(False, False), (True, True)]
     assert "0.60" not in text
     assert "ScatterMoE" not in text
     peers = (place.root / "docs" / "peers.md").read_text()
-    assert "| ScatterMoE | 8,8,8,8,2 | top_k | forward | 4.000 | 100 | 1.000 | 0.25 | 2 |  |" in peers
+    assert "| ScatterMoE | 8,8,8,8,2 | top_k | forward | 4.000 | 100 | 1.000 | 0.25 | 2 |  |  |" in peers
+    assert "| ScatterMoE | 8,8,8,4,2 | top_k | forward | 4.000 | 100 | 1.000 | 0.75 |  |  | 5.2e-03 dx |" in peers
+    assert "| 0.50 |" not in peers
     assert "\nMegaBlocks: not installed: package megablocks\n" in peers
 
 
