@@ -39,6 +39,8 @@ def gather_sum_hopper(rows: torch.Tensor, score: torch.Tensor | None, plan: Disp
     if out is not None and (out.dtype != rows.dtype or out.shape != (plan.num_tokens, rows.shape[1])):
         wanted = (plan.num_tokens, rows.shape[1])
         raise ValueError(f"out: shape {tuple(out.shape)} in {out.dtype}: must be {wanted} in rows' dtype {rows.dtype}")
+    if out is None:
+        out = rows.new_empty(plan.num_tokens, rows.shape[1])
     return launch(rows, score, plan.slot_to_row, plan.token_offsets, plan.token_slots, plan.slots_per_token, out)
 
 
@@ -46,18 +48,16 @@ def launch(
     rows: torch.Tensor,
     score: torch.Tensor | None,
     slot_to_row: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
+    token_offsets: torch.Tensor | None,
+    token_slots: torch.Tensor | None,
     slots_per_token: int | None,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """The same on the plan's tensors, whose shapes match already."""
     if rows.dtype not in _DTYPE_NAME:
         raise TypeError(f"rows: dtype {rows.dtype}: must be bfloat16, float16 or float32")
     if rows.shape[1] % 8:
         raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with H a multiple of 8")
-    if out is None:
-        out = rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
     uniform = slots_per_token is not None
     if score is not None and not reads(score.dtype, rows.dtype, uniform):
         score = score.float()
@@ -73,8 +73,8 @@ def launch(
             rows,
             score,
             slot_to_row,
-            None if uniform else token_offsets,
-            None if uniform else token_slots,
+            token_offsets,
+            token_slots,
             out,
             slots_per_token if uniform else 0,
             0,

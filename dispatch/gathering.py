@@ -46,9 +46,10 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
         score,
         plan.slot_to_row,
         plan.row_to_slot,
-        plan.row_to_token,
+        None if plan.slots_per_token is not None else plan.row_to_token,
         plan.token_offsets,
         plan.token_slots,
+        plan.num_tokens,
         plan.slots_per_token,
         backend,
     )
@@ -89,15 +90,18 @@ def _gather_sum(
     score: torch.Tensor | None,
     slot_to_row: torch.Tensor,
     row_to_slot: torch.Tensor,
-    row_to_token: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
+    row_to_token: torch.Tensor | None,
+    token_offsets: torch.Tensor | None,
+    token_slots: torch.Tensor | None,
+    num_tokens: int,
     slots_per_token: int | None,
     backend: str = "auto",
 ) -> torch.Tensor:
+    """The plan's tensors; with slots_per_token only slot_to_row is read, and for a gradient row_to_slot."""
     if backend == "hopper" or (backend == "auto" and gather_sum_hopper.supports(rows)):
-        return gather_sum_hopper.launch(rows, score, slot_to_row, token_offsets, token_slots, slots_per_token)
-    return _gather_sum_torch(rows, score, slot_to_row, row_to_token, token_offsets, token_slots)
+        out = rows.new_empty(num_tokens, rows.shape[1])
+        return gather_sum_hopper.launch(rows, score, slot_to_row, token_offsets, token_slots, slots_per_token, out)
+    return _gather_sum_torch(rows, score, slot_to_row, row_to_token, token_slots, num_tokens, slots_per_token)
 
 
 @fake(_gather_sum)
@@ -106,34 +110,35 @@ def _(
     score: torch.Tensor | None,
     slot_to_row: torch.Tensor,
     row_to_slot: torch.Tensor,
-    row_to_token: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
+    row_to_token: torch.Tensor | None,
+    token_offsets: torch.Tensor | None,
+    token_slots: torch.Tensor | None,
+    num_tokens: int,
     slots_per_token: int | None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    return rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
+    return rows.new_empty(num_tokens, rows.shape[1])
 
 
 def _gather_sum_torch(
     rows: torch.Tensor,
     score: torch.Tensor | None,
     slot_to_row: torch.Tensor,
-    row_to_token: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_slots: torch.Tensor,
+    row_to_token: torch.Tensor | None,
+    token_slots: torch.Tensor | None,
+    num_tokens: int,
+    slots_per_token: int | None,
 ) -> torch.Tensor:
-    num_tokens, width = token_offsets.shape[0] - 1, rows.shape[1]
-    out = torch.zeros(num_tokens, width, dtype=_sum_dtype(rows), device=rows.device)
+    out = torch.zeros(num_tokens, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
     if num_tokens == 0:
         return out.to(rows.dtype)
-    for begin, end in _blocks(token_slots.shape[0], rows):
-        slot = token_slots[begin:end]
+    for begin, end in _blocks(slot_to_row.shape[0], rows):
+        slot = torch.arange(begin, end, device=rows.device) if token_slots is None else token_slots[begin:end]
         row = slot_to_row[slot]
         routed = row >= 0
         row = row.clamp(min=0)
         term = _weighted(rows, row, None if score is None else score[slot], routed)
-        token = row_to_token[row].clamp(min=0).long()
+        token = slot // slots_per_token if token_slots is None else row_to_token[row].clamp(min=0).long()
         if rows.is_cuda:
             # index_add_ adds with atomics there, in any order; this sorts by token, stably, and adds in that order.
             out.index_put_((token,), term, accumulate=True)
@@ -183,7 +188,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    rows, score, slot_to_row, row_to_slot, row_to_token, *_ = inputs
+    rows, score, slot_to_row, row_to_slot, row_to_token, *_, ctx.slots_per_token, _ = inputs
     rows_needed, score_needed, *_ = ctx.needs_input_grad
     ctx.save_for_backward(rows if score_needed else None, score if rows_needed else None, slot_to_row, row_to_slot, row_to_token)
     ctx.score_dtype = None if score is None else score.dtype
@@ -192,9 +197,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, out_grad: torch.Tensor):
     rows, score, slot_to_row, row_to_slot, row_to_token = ctx.saved_tensors
     rows_needed, score_needed, *_ = ctx.needs_input_grad
+    if row_to_token is None:
+        row_to_token = row_to_slot // ctx.slots_per_token
     rows_grad = _rows_grad(out_grad, score, row_to_slot, row_to_token) if rows_needed else None
     score_grad = _score_grad(out_grad, rows, slot_to_row, row_to_token, ctx.score_dtype) if score_needed else None
-    return rows_grad, score_grad, None, None, None, None, None, None, None
+    return rows_grad, score_grad, *(None,) * 8
 
 
 differentiable(_gather_sum, _backward, _setup_context)

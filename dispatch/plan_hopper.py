@@ -72,8 +72,9 @@ def launch(
     with cute_runtime.on_device(expert_index.device):
         if slots and slots_per_token is not None and num_experts < MAX_BINS:
             return uniform_launch(num_tokens, num_experts, slots_per_token, expert_index.dtype, expert_index.device)(expert_index)
-        packed = expert_index.new_empty(packed_size(slots, num_tokens, num_experts), dtype=torch.int32)
-        plan = unpack(packed, slots, num_tokens, num_experts, slots_per_token)
+        packed = expert_index.new_empty(packed_size(slots, num_tokens, num_experts, slots_per_token), dtype=torch.int32)
+        row_to_token = packed.new_empty(slots) if slots_per_token is not None else None
+        plan = unpack(packed, slots, num_tokens, num_experts, slots_per_token, row_to_token)
         if slots == 0:
             packed.zero_()
         elif slots_per_token is not None:
@@ -89,8 +90,9 @@ class UniformLaunch(NamedTuple):
     kernel: Callable[..., None]
     size: int
     """Elements of the packed plan."""
-    sizes: tuple[int, int, int, int, int, int, int]
-    """Of the packed plan's parts, as types.unpack has them."""
+    sizes: tuple[int, int, int, int]
+    """Of the packed plan's parts, as types.unpack has them: R, R, E + 1, TICKETS."""
+    num_tokens: int
     counts: tuple[int, int] | None
     """Shape of the chunks' counts; None where one block plans all slots."""
     numbers: tuple[int, ...]
@@ -102,15 +104,15 @@ class UniformLaunch(NamedTuple):
         """``expert_index`` (R,) is checked, contiguous, and on the current device."""
         # Without a dtype, of an int32 tensor: half the host time.
         packed = expert_index.new_empty(self.size) if self.narrow else expert_index.new_empty(self.size, dtype=torch.int32)
-        row_to_token, row_to_slot, slot_to_row, token_slots, offsets, token_offsets, tickets = packed.split_with_sizes(self.sizes)
-        rows = (offsets, row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots, tickets)
+        row_to_slot, slot_to_row, offsets, tickets = packed.split_with_sizes(self.sizes)
+        row_to_token = packed.new_empty(self.sizes[0])  # not kept for backward, so not a part of the plan's memory
+        rows = (offsets, row_to_slot, row_to_token, slot_to_row, tickets)
         if self.counts is None:
             self.kernel(expert_index, *rows, *self.numbers)
         else:
             self.kernel(expert_index, None, packed.new_empty(*self.counts), None, None, *rows, *self.numbers)
-        experts, tokens, k = self.sizes[4] - 1, self.sizes[5] - 1, self.numbers[-1]
-        plan = DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, tokens, experts, k, tickets)
-        return packed, plan
+        sizes = self.num_tokens, self.sizes[2] - 1, self.numbers[-1]
+        return packed, DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, None, None, *sizes, tickets)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,14 +123,14 @@ def uniform_launch(num_tokens: int, num_experts: int, slots_per_token: int, inde
     slots' loads and stores is in flight at once.
     """
     slots = num_tokens * slots_per_token
-    sizes = (slots, slots, slots, slots, num_experts + 1, num_tokens + 1, TICKETS)
-    packed, narrow = packed_size(slots, num_tokens, num_experts), index == torch.int32
+    sizes = (slots, slots, num_experts + 1, TICKETS)
+    made, narrow = (sum(sizes), sizes, num_tokens), index == torch.int32
     if slots <= ONE_BLOCK_SLOTS:
-        return UniformLaunch(_load_plan_few(index), packed, sizes, None, (num_experts, slots_per_token), narrow)
+        return UniformLaunch(_load_plan_few(index), *made, None, (num_experts, slots_per_token), narrow)
     (digit,) = digits(num_experts)
     length, counts = chunk_sizes(slots, digit.bins, device)
     numbers = (length, num_experts, digit.shift, digit.mask, slots_per_token)
-    return UniformLaunch(_load_place(index, False, "uniform"), packed, sizes, counts, numbers, narrow)
+    return UniformLaunch(_load_place(index, False, "uniform"), *made, counts, numbers, narrow)
 
 
 def _plan_uniform(expert_index: torch.Tensor, plan: DispatchPlan) -> None:
@@ -137,7 +139,7 @@ def _plan_uniform(expert_index: torch.Tensor, plan: DispatchPlan) -> None:
     key = _like(expert_index)
     _load_keys(expert_index.dtype, False)(None, expert_index, None, key, plan.num_tokens, plan.num_experts)
     order = _sorted_slots(key, None, plan.num_experts, low_digits)
-    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.token_offsets, plan.token_slots, plan.tickets)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.tickets)
     _place("uniform", key, order, last, plan.num_experts, None, None, *rows, plan.slots_per_token)
     _load_bounds()(key, plan.row_to_slot, plan.offsets)
 
@@ -154,7 +156,7 @@ def _plan_any(token_index: torch.Tensor, expert_index: torch.Tensor, plan: Dispa
     order = plan.token_slots
     if low_digits:
         order = _sorted_slots(expert_key, order, plan.num_experts, low_digits)
-    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, None, None, plan.tickets)
+    rows = (plan.offsets, plan.row_to_slot, plan.row_to_token, plan.slot_to_row, plan.tickets)
     _place("rows", expert_key, order, last, plan.num_experts, token_key, None, *rows, 0)
     if low_digits:
         _load_bounds()(expert_key, plan.row_to_slot, plan.offsets)
@@ -171,9 +173,9 @@ def _sort_slots(key: torch.Tensor, order: torch.Tensor | None, size: int, passes
     """The same into ``out`` (R,)."""
     for digit in passes[:-1]:
         order_out = _like(key)
-        _place("order", key, order, digit, size, None, order_out, *[None] * 7, 0)
+        _place("order", key, order, digit, size, None, order_out, *[None] * 5, 0)
         order = order_out
-    _place("order", key, order, passes[-1], size, None, out, *[None] * 7, 0)
+    _place("order", key, order, passes[-1], size, None, out, *[None] * 5, 0)
 
 
 def _place(

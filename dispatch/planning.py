@@ -4,6 +4,7 @@ import torch
 
 from dispatch import debug, plan_hopper
 from dispatch.counting import ID_DTYPES, INT32_MAX, SIZE_TYPES, bucket, check_ids, check_size, histogram
+from dispatch.kernels.sizes import TICKETS
 from dispatch.operators import check_backend, fake, is_direct, operator
 from dispatch.types import DispatchPlan, pack, packed_size, unpack
 
@@ -135,7 +136,7 @@ def _(
     slots_per_token: int | None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    return expert_index.new_empty(packed_size(expert_index.shape[0], num_tokens, num_experts), dtype=torch.int32)
+    return expert_index.new_empty(packed_size(expert_index.shape[0], num_tokens, num_experts, slots_per_token), dtype=torch.int32)
 
 
 def _make(
@@ -151,21 +152,20 @@ def _make(
         _check_tokens(token_index, expert_index, num_tokens, num_experts, slots_per_token)
     if backend == "hopper" or (backend == "auto" and plan_hopper.supports(expert_index, num_tokens, num_experts)):
         return plan_hopper.launch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
-    packed = _plan_torch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
-    return packed, unpack(packed, expert_index.shape[0], num_tokens, num_experts, slots_per_token)
+    plan = _plan_torch(token_index, expert_index, num_tokens, num_experts, slots_per_token)
+    return pack(plan), plan
 
 
 def _plan_torch(
     token_index: torch.Tensor | None, expert_index: torch.Tensor, num_tokens: int, num_experts: int, slots_per_token: int | None
-) -> torch.Tensor:
+) -> DispatchPlan:
     expert = bucket(expert_index, num_experts)
     slot = torch.arange(expert.shape[0], dtype=torch.int32, device=expert.device)
+    token_offsets = token_slots = None
     if slots_per_token is not None:
         # Slots are sorted by token already: a stable sort by expert is all there is to do.
         token = slot // slots_per_token
         order = torch.sort(expert.to(torch.int32), stable=True).indices
-        token_offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=expert.device) * slots_per_token
-        token_slots = slot.clone()
     else:
         token = bucket(token_index, num_tokens)
         expert = torch.where(token < num_tokens, expert, num_experts)
@@ -178,7 +178,9 @@ def _plan_torch(
     row_to_slot = torch.where(in_use, order.to(torch.int32), -1)
     row_to_token = torch.where(in_use, token[order].to(torch.int32), -1)
     slot_to_row = torch.empty_like(slot).scatter_(0, order, torch.where(in_use, slot, -1))
-    return pack((offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots))
+    sizes = num_tokens, num_experts, slots_per_token
+    tickets = offsets.new_zeros(TICKETS)
+    return DispatchPlan(offsets, row_to_token, row_to_slot, slot_to_row, token_offsets, token_slots, *sizes, tickets)
 
 
 def _offsets(buckets: torch.Tensor, size: int) -> torch.Tensor:

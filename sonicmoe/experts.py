@@ -163,7 +163,7 @@ def _forward(
         with without_autocast(x.device):
             a, z = operations.up_projection(x, w_up, b_up, plan, activation=activation, gate_up_layout=gate_up_layout, store_z=store_z)
             y = operations.down_projection(a, w_down, b_down, plan)
-            results = dispatch.gather_sum(y, score, plan, backend=backend), dispatch.pack(plan[:6]) if keep else None, z
+            results = dispatch.gather_sum(y, score, plan, backend=backend), dispatch.pack(plan) if keep else None, z
     return list(results[: 1 + keep + store_z])
 
 
@@ -171,7 +171,8 @@ def _forward(
 def _(x, w_up, w_down, b_up, b_down, score, token_index, expert_index, slots_per_token, activation, layout, backend, keep, store_z=False):
     slots, results = expert_index.shape[0], [x.new_empty(x.shape)]
     if keep:
-        results.append(expert_index.new_empty(dispatch.packed_size(slots, x.shape[0], w_up.shape[0]), dtype=torch.int32))
+        size = dispatch.packed_size(slots, x.shape[0], w_up.shape[0], slots_per_token)
+        results.append(expert_index.new_empty(size, dtype=torch.int32))
     if store_z:
         results.append(x.new_empty(slots, w_up.shape[1]))
     return results
@@ -213,6 +214,8 @@ def _gradients(
             scaled_a = None  # its memory is free for the rows of dx
         if need.w_up or need.b_up:
             dw_up, db_up = operations.up_weight_grad(x, dz, plan, need_weight=need.w_up, need_bias=need.b_up, add_to=main_up)
+        if slots_per_token is not None:
+            plan = plan._replace(row_to_token=None)  # made here; nothing below needs it, and the peak is below
         if need.x:
             dx = dispatch.gather_sum(operations.dx_rows(dz, w_up, plan), None, plan, backend=backend)
     return dx, dw_up, dw_down, db_up, db_down, dscore

@@ -15,9 +15,9 @@ Every position is a sum of counts, so the result depends on nothing but the inpu
 
     order      order_out[destination] = slot
     rows       the plan: row_to_slot, row_to_token, slot_to_row, and offsets where the pass sorts by whole keys
-    uniform    rows, with token = slot // K, and token_offsets and token_slots, which need no sort
+    uniform    rows, with token = slot // K
 
-Bytes of `uniform` at R slots: 2 reads of the ids, 4 writes of 4 R, and C * C * S * 4 of counts from L2.
+Bytes of `uniform` at R slots: 2 reads of the ids, 3 writes of 4 R, and C * C * S * 4 of counts from L2.
 """
 
 import cuda.bindings.driver as cuda
@@ -51,35 +51,16 @@ def _rank_tile(key: cute.Tensor, rank: cute.Tensor, row: cute.Tensor, first: cut
 
 
 @cute.jit
-def write_by_slot(slot, row, rows, slots_per_token):
-    """What the plan says of a slot at the slot's own place, or its token's."""
-    _, _, slot_to_row, token_offsets, token_slots = rows
-    slot_to_row[slot] = row
-    if cutlass.const_expr(token_slots is not None):
-        token_slots[slot] = slot
-        token = _uniform_token(slot, slots_per_token)
-        if slot == token * slots_per_token:
-            token_offsets[token] = slot
-        if slot == token_slots.shape[0] - 1:
-            token_offsets[token + 1] = slot + 1
-
-
-@cute.jit
 def write_by_row(slot, destination, token_key, rows, slots_per_token):
     """What the plan says of a row; ``slot`` is -1 in the tail."""
-    row_to_slot, row_to_token, *_ = rows
+    row_to_slot, row_to_token, _ = rows
     token = cutlass.Int32(-1)
     if slot >= 0:
-        token = _uniform_token(slot, slots_per_token)
+        token = cutlass.Int32(cutlass.Uint32(slot) // cutlass.Uint32(slots_per_token))
         if cutlass.const_expr(token_key is not None):
             token = token_key[slot]
     row_to_slot[destination] = slot
     row_to_token[destination] = token
-
-
-@cute.jit
-def _uniform_token(slot, slots_per_token):
-    return cutlass.Int32(cutlass.Uint32(slot) // cutlass.Uint32(slots_per_token))
 
 
 @cute.kernel
@@ -91,7 +72,7 @@ def _place_kernel(
     order_out: cute.Tensor | None,
     offsets: cute.Tensor | None,
     tickets: cute.Tensor | None,
-    rows: tuple | None,
+    rows: tuple,
     length: cutlass.Int32,
     size: cutlass.Int32,
     shift: cutlass.Int32,
@@ -112,6 +93,7 @@ def _place_kernel(
     staged_slot, staged_destination = shared(TILE), shared(TILE)
     warp_sums = shared(WARPS)
     stride = counts.shape[1]
+    *_, slot_to_row = rows
 
     begin = chunk * length
     end = cutlass.min(begin + length, index.shape[0])
@@ -165,7 +147,7 @@ def _place_kernel(
                 else:
                     routed = key[j] < size
                     staged_slot[tile_first[bin] + within] = cutlass.select_(routed, slot[j], cutlass.Int32(-1))
-                    write_by_slot(slot[j], cutlass.select_(routed, destination, cutlass.Int32(-1)), rows, slots_per_token)
+                    slot_to_row[slot[j]] = cutlass.select_(routed, destination, cutlass.Int32(-1))
         cute.arch.sync_threads()
         first += TILE
         _load_tile(index, order, slot, key, first, end, size)
@@ -189,8 +171,6 @@ def _place(
     row_to_slot: cute.Tensor | None,
     row_to_token: cute.Tensor | None,
     slot_to_row: cute.Tensor | None,
-    token_offsets: cute.Tensor | None,
-    token_slots: cute.Tensor | None,
     tickets: cute.Tensor | None,
     length: cutlass.Int32,
     size: cutlass.Int32,
@@ -201,7 +181,7 @@ def _place(
 ):
     grid, block = [counts.shape[0], 1, 1], [THREADS, 1, 1]
     histogram_kernel(index, order, counts, length, size, shift, mask).launch(grid=grid, block=block, stream=stream)
-    rows = (row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
+    rows = (row_to_slot, row_to_token, slot_to_row)
     _place_kernel(
         index, order, counts, token_key, order_out, offsets, tickets, rows, length, size, shift, mask, slots_per_token
     ).launch(grid=grid, block=block, stream=stream, use_pdl=True)  # fmt: skip
@@ -209,9 +189,8 @@ def _place(
 
 def trace(*, index: str, ordered: bool, output: str) -> tuple:
     """What is compiled: ``(index (R,), order (R,) | None, counts (C, S), token_key (R,) | None, order_out (R,) | None,
-    offsets (size + 1,) | None, row_to_slot (R,) | None, row_to_token (R,) | None, slot_to_row (R,) | None,
-    token_offsets (T + 1,) | None, token_slots (R,) | None, tickets (TICKETS,) | None, positions a chunk, size, shift, mask, K)``;
-    int32 but for index.
+    offsets (size + 1,) | None, row_to_slot (R,) | None, row_to_token (R,) | None, slot_to_row (R,) | None, tickets (TICKETS,) | None,
+    positions a chunk, size, shift, mask, K)``; int32 but for index.
 
     Args:
         index: dtype of the ids, int32 or int64.
@@ -223,7 +202,7 @@ def trace(*, index: str, ordered: bool, output: str) -> tuple:
     def vector(present: bool, count: cute.SymInt | int, element: type[cutlass.Numeric] = cutlass.Int32) -> cute.Tensor | None:
         return make_fake_compact_tensor(element, (count,), assumed_align=element.width // 8) if present else None
 
-    rows, uniform = output in ("rows", "uniform"), output == "uniform"
+    rows = output in ("rows", "uniform")
     arguments = (
         vector(True, R, _ELEMENT[index]),
         vector(ordered, R),
@@ -232,8 +211,6 @@ def trace(*, index: str, ordered: bool, output: str) -> tuple:
         vector(output == "order", R),
         vector(rows, cute.sym_int()),
         *(vector(rows, R) for _ in range(3)),
-        vector(uniform, cute.sym_int()),
-        vector(uniform, R),
         vector(rows, TICKETS),
         *(cutlass.Int32(1) for _ in range(5)),
         make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -9,10 +9,10 @@ n * 32 neighbouring slots, n = ceil(R / 512), 32 at a time:
     a thread a bin: sums over the warps' rows before each;  a scan over the bins -> first[bin], which are the offsets
     ---- 5 barriers, of which 2 are the scan's
     row       <- first[bin] + row of the warp [bin] + rank
-    slot_to_row, token_slots, token_offsets at the slot; row_to_slot, row_to_token at the row, the tail's too
+    slot_to_row at the slot; row_to_slot, row_to_token at the row, the tail's too
 
-Every row is a sum of counts, so the bits are those of place.py. Bytes: 4 or 8 a slot read, 16 a slot written, straight to their
-places: at most 64 KB. The floor is the time of a launch, one load, the barriers above and one store.
+Every row is a sum of counts, so the bits are those of place.py. Bytes: 4 or 8 a slot read, 12 a slot written, straight to their
+places: at most 48 KB. The floor is the time of a launch, one load, the barriers above and one store.
 """
 
 import cuda.bindings.driver as cuda
@@ -21,7 +21,7 @@ from cutlass import cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from dispatch.kernels.chunks import WARPS, key_of, rank_in_warp, scan_bins
-from dispatch.kernels.place import write_by_row, write_by_slot
+from dispatch.kernels.place import write_by_row
 from dispatch.kernels.sizes import FEW_ITEMS, MAX_BINS, THREADS, TICKETS
 
 _ELEMENT = {"int32": cutlass.Int32, "int64": cutlass.Int64}
@@ -46,6 +46,7 @@ def _plan_few_kernel(
     bins = (size + 2) // 2 * 2  # the sentinels' too; a scan takes two a thread
     turns = cute.ceil_div(slots, THREADS)
     begin = warp * (turns * 32) + lane
+    *_, slot_to_row = rows
 
     for j in cutlass.range_constexpr(FEW_ITEMS):
         # The last slot again instead of a branch: the loads of all turns are in flight together.
@@ -77,7 +78,7 @@ def _plan_few_kernel(
         if (j < turns) & (slot < slots):
             row = first[key[j]] + own_row[key[j]] + rank[j]
             routed = key[j] < size
-            write_by_slot(slot, cutlass.select_(routed, row, cutlass.Int32(-1)), rows, slots_per_token)
+            slot_to_row[slot] = cutlass.select_(routed, row, cutlass.Int32(-1))
             write_by_row(cutlass.select_(routed, slot, cutlass.Int32(-1)), row, None, rows, slots_per_token)
 
 
@@ -88,21 +89,18 @@ def _plan_few(
     row_to_slot: cute.Tensor,
     row_to_token: cute.Tensor,
     slot_to_row: cute.Tensor,
-    token_offsets: cute.Tensor,
-    token_slots: cute.Tensor,
     tickets: cute.Tensor,
     size: cutlass.Int32,
     slots_per_token: cutlass.Int32,
     stream: cuda.CUstream,
 ):
-    rows = (row_to_slot, row_to_token, slot_to_row, token_offsets, token_slots)
+    rows = (row_to_slot, row_to_token, slot_to_row)
     _plan_few_kernel(index, offsets, tickets, rows, size, slots_per_token).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
 def trace(*, index: str) -> tuple:
-    """What is compiled: ``(index (R,), offsets (size + 1,), row_to_slot (R,), row_to_token (R,), slot_to_row (R,),
-    token_offsets (T + 1,), token_slots (R,), tickets (TICKETS,), size, K)``, 1 <= R = T K <= FEW_SLOTS, size < MAX_BINS; int32 but for
-    index.
+    """What is compiled: ``(index (R,), offsets (size + 1,), row_to_slot (R,), row_to_token (R,), slot_to_row (R,), tickets (TICKETS,),
+    size, K)``, 1 <= R = T K <= FEW_SLOTS, size < MAX_BINS; int32 but for index.
 
     Args:
         index: dtype of the ids, int32 or int64.
@@ -116,8 +114,6 @@ def trace(*, index: str) -> tuple:
         vector(R, _ELEMENT[index]),
         vector(cute.sym_int()),
         *(vector(R) for _ in range(3)),
-        vector(cute.sym_int()),
-        vector(R),
         vector(TICKETS),
         *(cutlass.Int32(1) for _ in range(2)),
         make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -32,6 +32,17 @@ def test_compiled_with_fullgraph_gives_eager_values_and_gradients(dynamic: bool)
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_compiled_plan_of_k_slots_a_token_gives_eager_values() -> None:
+    torch._dynamo.reset()
+    expert = torch.tensor([[0, 1], [2, -1], [4, 3]])
+
+    def planned(expert: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return plan(None, expert, num_tokens=3, num_experts=4, slots_per_token=2)[:4]
+
+    got = torch.compile(planned, fullgraph=True, backend="aot_eager")(expert)
+    assert all(torch.equal(a, b) for a, b in zip(got, planned(expert), strict=True))
+
+
 @pytest.mark.parametrize("slots_per_token", [3, None])
 def test_operators_pass_the_checks_of_torch_library(slots_per_token: int | None) -> None:
     token = torch.arange(4, dtype=torch.int32).repeat_interleave(3)
@@ -43,7 +54,8 @@ def test_operators_pass_the_checks_of_torch_library(slots_per_token: int | None)
     torch.library.opcheck(operators.plan.default, (expert, token, 4, 5, slots_per_token))
     if slots_per_token is not None:
         torch.library.opcheck(operators.plan.default, (expert, None, 4, 5, slots_per_token))
-    indices = (p.slot_to_row, p.row_to_slot, p.row_to_token, p.token_offsets, p.token_slots, slots_per_token)
+    row_to_token = p.row_to_token if slots_per_token is None else None
+    indices = (p.slot_to_row, p.row_to_slot, row_to_token, p.token_offsets, p.token_slots, 4, slots_per_token)
     torch.library.opcheck(operators.gather_sum.default, (rows, score, *indices))
     torch.library.opcheck(operators.gather_sum.default, (rows, None, *indices))
 

@@ -34,6 +34,10 @@ def check(result: DispatchPlan, token: torch.Tensor, expert: torch.Tensor) -> No
         assert got.tolist() == values, field
     assert result.tickets.dtype == torch.int32
     assert result.tickets.tolist() == [0] * TICKETS
+    if result.slots_per_token is not None:
+        assert result.token_offsets is None
+        assert result.token_slots is None
+        return
     # Each token lists its routed slots in slot order; the lists are a permutation of all slots.
     assert sorted(result.token_slots.tolist()) == list(range(len(token)))
     offsets = result.token_offsets.tolist()
@@ -49,15 +53,15 @@ def token_major(num_tokens: int, k: int) -> torch.Tensor:
 
 
 def test_docstring_example_of_the_type() -> None:
-    result = plan(
-        token_major(3, 2).int(), torch.tensor([1, 0, 1, 2, 0, 1], dtype=torch.int32), num_tokens=3, num_experts=2, slots_per_token=2
-    )
-    assert result.offsets.tolist() == [0, 2, 5]
-    assert result.row_to_slot.tolist() == [1, 4, 0, 2, 5, -1]
-    assert result.row_to_token.tolist() == [0, 2, 0, 1, 2, -1]
-    assert result.slot_to_row.tolist() == [2, 0, 3, -1, 1, 4]
-    assert result.token_offsets.tolist() == [0, 2, 4, 6]
-    assert result.token_slots.tolist() == [0, 1, 2, 3, 4, 5]
+    slots = token_major(3, 2).int(), torch.tensor([1, 0, 1, 2, 0, 1], dtype=torch.int32)
+    for k in (2, None):
+        result = plan(*slots, num_tokens=3, num_experts=2, slots_per_token=k)
+        assert result.offsets.tolist() == [0, 2, 5]
+        assert result.row_to_slot.tolist() == [1, 4, 0, 2, 5, -1]
+        assert result.row_to_token.tolist() == [0, 2, 0, 1, 2, -1]
+        assert result.slot_to_row.tolist() == [2, 0, 3, -1, 1, 4]
+    assert result.token_offsets.tolist() == [0, 2, 3, 5]
+    assert result.token_slots.tolist() == [0, 1, 2, 4, 5, 3]
 
 
 def test_docstring_example_of_the_function() -> None:
@@ -132,8 +136,11 @@ def test_no_tokens_make_an_empty_plan(slots_per_token: int | None) -> None:
     nothing = torch.empty(0, dtype=torch.int32)
     result = plan(nothing, nothing, num_tokens=0, num_experts=3, slots_per_token=slots_per_token)
     assert result.offsets.tolist() == [0, 0, 0, 0]
-    assert result.token_offsets.tolist() == [0]
-    assert all(tensor.shape == (0,) for tensor in (result.row_to_token, result.row_to_slot, result.slot_to_row, result.token_slots))
+    lists = [result.row_to_token, result.row_to_slot, result.slot_to_row]
+    if slots_per_token is None:
+        assert result.token_offsets.tolist() == [0]
+        lists.append(result.token_slots)
+    assert all(tensor.shape == (0,) for tensor in lists)
 
 
 def test_one_expert_takes_all_tokens_in_order() -> None:

@@ -47,7 +47,7 @@ def call_work(name: str, given: dict[str, Any], rows: int | None = None) -> Work
     if rule is None:
         return None
     plan = given["plan"]
-    R = plan.row_to_token.shape[0]
+    R = plan.slot_to_row.shape[0]
     return rule(given, R if rows is None else min(R, rows), plan)
 
 

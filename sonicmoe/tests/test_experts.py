@@ -1,8 +1,10 @@
 import functools
+import weakref
 
 import pytest
 import torch
 
+import dispatch
 from dispatch.kernels.sizes import TICKETS
 from routing import Routing, token_rounding, top_k
 from sonicmoe import accuracy, oracle, routed_experts, validation
@@ -186,8 +188,31 @@ def test_saves_z_and_indices_only():
         call(*inputs, routing.score, routing=routing)
     rows = tokens * k
     z = rows * 2 * I * 2
-    indices = 4 * (3 * rows + rows + tokens + 1 + experts + 1 + TICKETS)
+    indices = 4 * (2 * rows + experts + 1 + TICKETS)
     assert kept.beyond(*inputs, routing.score) == z + indices
+
+
+def test_tokens_of_the_rows_are_free_when_the_rows_of_dx_are_made(monkeypatch):
+    """That is the peak of a step; K slots a token say whose the rows are."""
+    seen = []
+
+    def spy(name):
+        right = getattr(reference, name)
+
+        def operation(*args, **options):
+            (plan,) = (arg for arg in args if isinstance(arg, dispatch.DispatchPlan))
+            seen.append(weakref.ref(plan.row_to_token) if name == "up_weight_grad" else seen[0]())
+            return right(*args, **options)
+
+        monkeypatch.setattr(reference, name, operation)
+
+    spy("up_weight_grad")
+    spy("dx_rows")
+    inputs = make_inputs(4, tokens=6, dtype=torch.float32)
+    routing = top_k(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), 2)
+    call(*inputs, routing.score, routing=routing).sum().backward()
+    assert len(seen) == 2
+    assert seen[1] is None
 
 
 class Calls:

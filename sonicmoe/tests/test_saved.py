@@ -52,12 +52,19 @@ def kept_bytes(layer, x):
     return saved_mib(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()]) * 2**20
 
 
+def bytes_of_top_k(rows):
+    """z, both directions of the plan, expert_index and the score of each row, and once the experts' first rows and eight counters."""
+    return rows * (4 * 2 * I + 16) + 4 * (E + 1 + 8)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_keeps_z_and_indices_only(name):
     layer, x = make(CONFIGS[name])
     rows = layer.router_config.route(layer.router(x)).score.shape[0]
-    bytes_of_a_row = 4 * 2 * I + 24 + 4 * 2  # z, score and indices; token rounding keeps its token_index and its product with scale
-    assert kept_bytes(layer, x) <= rows * bytes_of_a_row + 8 * (T + E) + 1024
+    if CONFIGS[name].method == "top_k":
+        assert kept_bytes(layer, x) == bytes_of_top_k(rows)
+    else:  # token_index, token_slots and row_to_token beside top-K's, and where the tokens' slots begin, twice
+        assert kept_bytes(layer, x) <= bytes_of_top_k(rows) + 12 * rows + 12 * T + 512
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -173,12 +180,10 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("name", ["softmax", "renormalized", "softmax_topk", "sigmoid"])
 def test_the_kernels_keep_z_and_indices_only(name, kernels, monkeypatch):
     layer, x = make(CONFIGS[name])
-    rows = T * K
-    # z, the plan's four indices and the score, which expert_index joins.
-    assert kept_bytes(layer, x) <= rows * (4 * 2 * I + 24) + 4 * (T + E + 2) + 64
+    assert kept_bytes(layer, x) == bytes_of_top_k(T * K)
     got = gradients(layer, x)
     keeps_logits(monkeypatch)
-    assert kept_bytes(layer, x) > rows * (4 * 2 * I + 24) + 4 * T * E
+    assert kept_bytes(layer, x) == bytes_of_top_k(T * K) + 4 * T * E
     same(got, gradients(layer, x))
     monkeypatch.setattr(hopper, "supports", lambda *_: False)
     torch.testing.assert_close(got, gradients(layer, x))
@@ -190,4 +195,4 @@ def test_the_kernels_keep_as_little_under_torch_compile(kernels):
     # The partitioner of the default backend, which decides what is kept, without its code generation.
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
     same(gradients(layer, x, compiled), gradients(layer, x))
-    assert saved_mib(lambda: compiled(x), [x, *layer.parameters()]) * 2**20 <= T * K * (4 * 2 * I + 24) + 4 * (T + E + 2) + 64
+    assert saved_mib(lambda: compiled(x), [x, *layer.parameters()]) * 2**20 == bytes_of_top_k(T * K)

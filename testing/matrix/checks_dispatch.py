@@ -55,9 +55,12 @@ def _first_difference(name: str, got: np.ndarray, expected: np.ndarray) -> str:
 
 
 def _check_token_slots(plan: DispatchPlan, token: np.ndarray, used: np.ndarray, tokens: int) -> Check:
-    """Each token lists its own slots in ascending order, and every used slot is listed exactly once."""
+    """Each token lists its own slots in ascending order, and every used slot is listed exactly once; or it says that they are K each."""
+    name, k = "plan.token_slots", plan.slots_per_token
+    if k is not None:
+        own = np.array_equal(token, np.arange(tokens * k) // k) and plan.token_offsets is None and plan.token_slots is None
+        return check(name, own, f"slots_per_token={k} is not what token_index says, or slots are listed beside it")
     offsets, listed = plan.token_offsets.cpu().numpy().astype(np.int64), plan.token_slots.cpu().numpy().astype(np.int64)
-    name = "plan.token_slots"
     if offsets.shape != (tokens + 1,) or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(listed):
         return Check(name, False, "token_offsets does not ascend from 0 within token_slots")
     listed = listed[: offsets[-1]]

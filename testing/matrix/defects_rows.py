@@ -34,9 +34,8 @@ def _zeros(right):
 @ROWS.add("last slot of each token not summed", "dispatch", "gather_sum", "per-token/k16")
 def _lose_last_slot(right):
     def wrong(rows, score, plan, **options):
-        ends = plan.token_offsets[1:][plan.token_offsets[1:] > plan.token_offsets[:-1]] - 1
         rows = rows.clone()
-        rows[plan.slot_to_row[plan.token_slots[ends.long()].long()].long()] = 0
+        rows[plan.slot_to_row[plan.slots_per_token - 1 :: plan.slots_per_token].long()] = 0
         return right(rows, score, plan, **options)
 
     return wrong
@@ -100,11 +99,13 @@ def _unstable_plan(right):
     return wrong
 
 
-@ROWS.add("a token's slots in another order", "dispatch", "plan", "tokens/t129")
+@ROWS.add("a token's slots in another order", "dispatch", "plan", "rounding/nearest")
 def _reorder_slots(right):
     def wrong(*arguments, **options):
         plan = right(*arguments, **options)
-        return plan._replace(token_slots=plan.token_slots[: int(plan.token_offsets[-1])].flip(0))
+        listed, used = plan.token_slots.clone(), int(plan.token_offsets[-1])
+        listed[:used] = listed[:used].flip(0)
+        return plan._replace(token_slots=listed)
 
     return wrong
 

@@ -314,6 +314,19 @@ def test_full_sizes_are_those_of_the_issues():
     assert {"1-4096-14336-8-2", "8-2048-768-128-8", "64-2880-2880-32-4"} <= set(decoded)
 
 
+def test_limits_of_memory_leave_room_for_what_a_step_must_keep():
+    """The sums of docs/kernels/layer.md in bfloat16; sonicmoe's test_saved.py holds a layer to the same bytes a row."""
+
+    def kept(thiek):
+        return thiek.rows * 2 * thiek.I * 2 + 8 * thiek.rows + 4 * dispatch.packed_size(thiek.rows, thiek.T, thiek.E, thiek.K)
+
+    for thiek, limit in memory.SAVED_MIB.items():
+        assert kept(thiek) + memory.ROUNDED_UP_BYTES < (limit - 0.4) * 2**20
+    for thiek, limit in memory.PEAK_MIB.items():
+        gradients = 2 * (thiek.E * 3 * thiek.I * thiek.H + (thiek.rows + thiek.T) * thiek.H) + 4 * thiek.rows
+        assert kept(thiek) + 2 * thiek.T * thiek.H + gradients + memory.ROUNDED_UP_BYTES < (limit - 1) * 2**20
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
