@@ -154,7 +154,9 @@ def _forward(
     cell: LayerCell, problem: Problem, x: torch.Tensor, router_weight: torch.Tensor, parameters: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Routing]:
     logits = _logits(problem, router.router_logits(x, router_weight))
-    routed = with_sentinels(route(logits, problem.per_token, problem.spec, problem.bias, problem.seed), cell.sentinels, problem.seed)
+    origin = (x, router_weight) if problem.added_logits is None else None
+    routed = route(logits, problem.per_token, problem.spec, problem.bias, problem.seed, origin)
+    routed = with_sentinels(routed, cell.sentinels, problem.seed)
     o = routed_experts(x, routing=routed, activation=cell.activation, gate_up_layout=cell.layout, **parameters)
     return o, routed
 

@@ -35,7 +35,8 @@ def measure_speed(cell: SpeedCell, seed: int, rule: Rule, device: str = "cuda") 
     dout = normal(T, H).detach()
 
     def forward(x: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
-        return routed_experts(x, *weights, route(router.router_logits(x, router_weight), K, cell.routing, None, seed))
+        logits = router.router_logits(x, router_weight)
+        return routed_experts(x, *weights, route(logits, K, cell.routing, None, seed, origin=(x, router_weight)))
 
     def fresh_tokens() -> list[torch.Tensor]:
         return [normal(T, H), normal(E, H, scale=H**-0.5)]

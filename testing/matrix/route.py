@@ -8,6 +8,7 @@ import torch
 import dispatch
 import routing
 from routing import Routing
+from routing.recomputed import Origin
 from testing.matrix.cells import RoutingSpec
 from testing.matrix.checks_dispatch import check_gather_sum, check_plan
 from testing.matrix.checks_routing import check_rounding, check_top_k
@@ -15,8 +16,8 @@ from testing.matrix.inputs import router_logits, selection_bias
 from testing.matrix.results import Check
 
 
-def route(logits: torch.Tensor, k: int, spec: RoutingSpec, bias: torch.Tensor | None, seed: int) -> Routing:
-    """Call `routing` with a spec's arguments; `seed` draws for stochastic rounding."""
+def route(logits: torch.Tensor, k: int, spec: RoutingSpec, bias: torch.Tensor | None, seed: int, origin: Origin | None = None) -> Routing:
+    """Call `routing` with a spec's arguments; `seed` draws for stochastic rounding; `origin` as routing.top_k has it."""
     arguments: dict[str, Any] = {
         "scoring": spec.scoring,
         "renormalize": spec.renormalize,
@@ -25,6 +26,7 @@ def route(logits: torch.Tensor, k: int, spec: RoutingSpec, bias: torch.Tensor | 
         "num_groups": spec.num_groups,
         "groups_per_token": spec.groups_per_token,
         "group_score": spec.group_score,
+        "origin": origin,
     }
     if spec.method == "top_k":
         return routing.top_k(logits, k, **arguments)
