@@ -20,7 +20,9 @@ from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue_backward import ActivationBackwardEpilogue
+from sonicmoe.kernels.epilogue_fed import FedActivationBackwardEpilogue
 from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
+from sonicmoe.kernels.fed_gemm import FedGemm
 from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
 from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
@@ -40,18 +42,14 @@ class ActivationBackward:
         transposed: bool,
     ) -> None:
         self.transposed = transposed
-        self.epilogue = ActivationBackwardEpilogue(
-            dtype=dtype, tile_n=tile.n, activation=activation, interleaved=interleaved, dz=dz, dscore=dscore, scaled_a=scaled_a
-        )
-        self.gemm = GroupedGemm(
-            tile=tile,
-            dtype=dtype,
-            gather=True,
-            gated=False,
-            epilogue=self.epilogue,
-            ticket=Counter.ACTIVATION_BACKWARD,
-            transposed_b=not transposed,
-        )
+        options = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "dz": dz, "dscore": dscore, "scaled_a": scaled_a}
+        common = {"tile": tile, "dtype": dtype, "ticket": Counter.ACTIVATION_BACKWARD, "transposed_b": not transposed}
+        if tile.fed:
+            self.epilogue = FedActivationBackwardEpilogue(tile=tile, **options)
+            self.gemm = FedGemm(epilogue=self.epilogue, **common)
+        else:
+            self.epilogue = ActivationBackwardEpilogue(tile_n=tile.n, **options)
+            self.gemm = GroupedGemm(epilogue=self.epilogue, gather=True, gated=False, **common)
 
     @cute.jit
     def __call__(
@@ -74,11 +72,12 @@ class ActivationBackward:
         columns = weight.shape[0]
         parts = const_expr(2 if self.epilogue.gated and not self.epilogue.interleaved else 1)
         rows, width = z.shape
+        layout = cute.make_layout((rows, width // parts, parts), stride=(z.stride[0], 1, width // parts))
         gradient = None
         if const_expr(dz is not None):
-            gradient = cute.make_tensor(
-                dz.iterator, cute.make_layout((rows, width // parts, parts), stride=(dz.stride[0], 1, width // parts))
-            )
+            gradient = cute.make_tensor(dz.iterator, layout)
+        if const_expr(self.gemm.tile.fed):
+            z = cute.make_tensor(z.iterator, layout)
         scaled = None
         if const_expr(scaled_a is not None):
             scaled = cute.make_tensor(scaled_a.iterator, cute.make_layout((rows, columns, 1), stride=(scaled_a.stride[0], 1, columns)))

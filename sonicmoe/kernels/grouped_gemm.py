@@ -83,6 +83,9 @@ class GroupedGemm:
     over_rows = False
     """Whether the reduction runs over an expert's rows (row_reduction.py) or over a weight's columns."""
 
+    input_stages = 0
+    """Stages of a tile, behind those of its products, that bring what its epilogue reads (fed_gemm.py)."""
+
     def __init__(
         self,
         *,
@@ -222,6 +225,7 @@ class GroupedGemm:
         records = storage.records.get_tensor(cute.make_layout((self.record, SCHEDULE_SLOTS)))
         shared_a = storage.a.get_tensor(layout_a.outer, swizzle=layout_a.inner)
         shared_b = storage.b.get_tensor(layout_b.outer, swizzle=layout_b.inner)
+        pointers = (storage.a.data_ptr(), storage.b.data_ptr())
 
         if const_expr(self.has_dependents):
             cute.arch.griddepcontrol_launch_dependents()
@@ -262,9 +266,12 @@ class GroupedGemm:
                     rank,
                     offsets,
                     column_tiles,
+                    pointers,
+                    epilogue_args,
                 )
             elif const_expr(self.gather):
-                self._gather(a, row_token, storage.a.data_ptr(), full, empty, records, record_full, record_empty, warp - 1)
+                ring = (records, record_full, record_empty)
+                self._gather(a, row_token, pointers, full, empty, ring, warp - 1, epilogue_args)
         else:
             cute.arch.setmaxregister_increase(tile.registers(gather=self.gather)[1])
             self._consume(
@@ -278,7 +285,7 @@ class GroupedGemm:
                 record_empty,
                 a.shape[1],
                 warp // 4 - 1,
-                storage.b.data_ptr(),
+                pointers,
                 storage.staging.data_ptr(),
                 epilogue_args,
             )
@@ -295,7 +302,24 @@ class GroupedGemm:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, ring: tuple, tickets: tuple, rank, offsets, column_tiles):
+    def _load(
+        self,
+        tma_a,
+        a,
+        shared_a,
+        tma_b,
+        b,
+        shared_b,
+        full,
+        empty,
+        ring: tuple,
+        tickets: tuple,
+        rank,
+        offsets,
+        column_tiles,
+        pointers: tuple,
+        epilogue_args: tuple,
+    ):
         """Warp 0: publishes each tile's record, one tile ahead, and loads the boxes of B and, for a dense A, its rows."""
         tile = self.tile
         block, _, _ = cute.arch.block_idx()
@@ -317,7 +341,7 @@ class GroupedGemm:
         if const_expr(self.waits_for_a):
             ahead = self._load_ahead(tma_b, b, shared_b, full, record, rank, width)
         while record[0] >= 0:
-            row, row_end = record[1], record[2]
+            row, row_end, column = record[1], record[2], record[3]
             k_tiles = self._k_tiles(record, width)
             boxes = self._boxes(tma_b, b, shared_b, record, rank)
             arriving = Int32(tile.n * TILE_K * 2)
@@ -349,6 +373,7 @@ class GroupedGemm:
                     slot, lap = next_slot(slot, lap, 1)
                     walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
                     publish_tile(record, *ring, slot, lap)
+            stage, phase = self._load_input(epilogue_args, pointers, full, empty, stage, phase, row, row_end, column)
             if const_expr(self.waits_for_a):
                 ahead = Int32(0)
         if const_expr(tile.pingpong):
@@ -384,6 +409,14 @@ class GroupedGemm:
         if rank == 0:
             if (cute.arch.lane_idx() == 0) & (drawn == clusters + tiles - 1):
                 cute.make_tensor(counter, cute.make_layout((1,)))[0] = 0
+
+    def _load_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, row, row_end, column) -> tuple:
+        """The tile's ``input_stages``, by warp 0; the ring's position behind them."""
+        return stage, phase
+
+    def _gather_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, record: tuple, warp) -> tuple:
+        """What the gathering warps add to them."""
+        return stage, phase
 
     def _load_weights(self, tma_b, boxes: list[tuple], full, stage: Int32, k: Int32, arriving: Int32) -> None:
         """The boxes of B of an empty stage, which then expects ``arriving`` bytes."""
@@ -449,7 +482,7 @@ class GroupedGemm:
         return (*cpasync.tma_partition(tma_b, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(source, 0, 2)), half)
 
     @cute.jit
-    def _gather(self, a, row_token, shared_a, full, empty, records, record_full, record_empty, warp: Int32):
+    def _gather(self, a, row_token, pointers: tuple, full, empty, ring: tuple, warp: Int32, epilogue_args: tuple):
         """Warps 1-3: passes of 4 rows in turn, eight lanes a row, so that 128 bytes of a row are one transaction."""
         tile = self.tile
         passes = const_expr(tile.m // 4)
@@ -459,7 +492,7 @@ class GroupedGemm:
         piece = cute.arch.lane_idx() % 8
         columns = a.shape[1]
         k_tiles = cute.ceil_div(columns, TILE_K)
-        first = shared_a.toint() + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
+        first = pointers[0].toint() + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
         inside = cute.ceil_div(columns - piece * 8, TILE_K)  # k tiles in which this lane's piece is not beyond the last column
         begins = cute.make_rmem_tensor((turns,), Int32)  # where this lane's pieces of its rows begin, in units of 16 bytes
 
@@ -467,7 +500,7 @@ class GroupedGemm:
         phase = Int32(0)
         slot = Int32(0)
         lap = Int32(0)
-        record = read_tile(records, record_full, record_empty, slot, lap)
+        record = read_tile(*ring, slot, lap)
         while record[0] >= 0:
             row, row_end = record[1], record[2]
             for i in cutlass.range_constexpr(turns):
@@ -504,8 +537,9 @@ class GroupedGemm:
                 if stage == tile.stages:
                     stage = Int32(0)
                     phase ^= 1
+            stage, phase = self._gather_input(epilogue_args, pointers, full, empty, stage, phase, record, warp)
             slot, lap = next_slot(slot, lap, 1)
-            record = read_tile(records, record_full, record_empty, slot, lap)
+            record = read_tile(*ring, slot, lap)
 
     @cute.jit
     def _consume(
@@ -520,7 +554,7 @@ class GroupedGemm:
         record_empty,
         width,
         consumer,
-        pointer_b,
+        pointers,
         staging,
         epilogue_args,
     ):
@@ -547,24 +581,39 @@ class GroupedGemm:
             k_tiles = self._k_tiles(record, width)
             first, end = self._outputs(record, width)
             my_row = first + place * 64
-            tail = (pointer_b, record[2] - record[1], end - first)
+            tail = (pointers[1], record[2] - record[1], end - first)
             if const_expr(tile.pingpong):
                 cute.arch.barrier(barrier_id=TURN_BARRIER + consumer, number_of_threads=256)
             if my_row < end:
+                held = self._begin(epilogue_args, my_row, end)
                 stage, phase = self._multiply(
                     tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage, phase, k_tiles, consumer, tail
                 )
-                for block in cutlass.range_constexpr(self.row_blocks):
-                    block_row = my_row + block * (64 * self.group_size)
-                    if block_row < end:
-                        self.epilogue.store(accumulators, block, epilogue_args, record[0], block_row, end, record[3], my_staging, consumer)
+                where = (record[0], my_row, end, record[3])
+                stage, phase = self._store(
+                    accumulators, epilogue_args, held, where, pointers, full, empty, stage, phase, my_staging, consumer
+                )
             else:
-                stage, phase = self._follow(full, empty, stage, phase, k_tiles, consumer)
+                stage, phase = self._follow(full, empty, stage, phase, k_tiles + self.input_stages, consumer)
             if const_expr(tile.pingpong):
                 stage, phase = self._skip(stage, phase, k_tiles)
             slot, lap = next_slot(slot, lap, step)
             record = read_tile(records, record_full, record_empty, slot, lap)
         self.epilogue.finish(consumer)
+
+    def _begin(self, epilogue_args: tuple, row, row_end):
+        """What a consumer loads for its epilogue before the products of a tile."""
+        return ()
+
+    @cute.jit
+    def _store(self, accumulators, epilogue_args, held, where: tuple, pointers, full, empty, stage, phase, staging, consumer):
+        """The epilogue of a tile: ``where`` is the expert, the first of this consumer's rows, their end, and the tile of columns."""
+        expert, row, end, column = where
+        for block in cutlass.range_constexpr(self.row_blocks):
+            block_row = row + block * (64 * self.group_size)
+            if block_row < end:
+                self.epilogue.store(accumulators, block, epilogue_args, expert, block_row, end, column, staging, consumer)
+        return stage, phase
 
     def _outputs(self, record, width):
         """First and end of the rows of the output that this block's tile may store."""

@@ -79,6 +79,14 @@ def load_8_bytes(address: Int64) -> tuple[Uint32, Uint32]:
     return cute.arch.inline_ptx("ld.global.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32, Uint32], read_only_args=[address])
 
 
+def load_shared_4_bytes(address: Int32) -> Uint32:
+    return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
+
+
+def load_shared_8_bytes(address: Int32) -> tuple[Uint32, Uint32]:
+    return cute.arch.inline_ptx("ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32, Uint32], read_only_args=[address])
+
+
 def unpack(dtype: type[cutlass.Numeric], pair: Uint32) -> tuple[Float32, Float32]:
     """The two values of ``dtype`` (16 bits) in a register, the low half first."""
     if dtype is cutlass.BFloat16:

@@ -81,7 +81,7 @@ class RowReduction(GroupedGemm):
         return [(*box, half) for half in ((0, 1) if self.tile.cluster == 1 else (rank,))]
 
     @cute.jit
-    def _gather(self, a, row_token, shared_a, full, empty, records, record_full, record_empty, warp: Int32):
+    def _gather(self, a, row_token, pointers: tuple, full, empty, ring: tuple, warp: Int32, epilogue_args: tuple):
         """Warps 1-3: passes of 4 rows in turn, eight lanes the 128 bytes of a row in each block of 64 columns."""
         tile = self.tile
         passes = const_expr(TILE_K // 4)
@@ -89,7 +89,7 @@ class RowReduction(GroupedGemm):
         line = warp * 4 + cute.arch.lane_idx() // 8
         piece = cute.arch.lane_idx() % 8
         width = a.shape[1]
-        first = shared_a.toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+        first = pointers[0].toint() + line * 128 + ((piece ^ (line % 8)) * 16)
         begins = cute.make_rmem_tensor((turns,), Int32)  # where this lane's pieces of its rows begin, in units of 16 bytes
         wanted = cute.make_rmem_tensor((tile.m // 64,), Int32)
 
@@ -97,7 +97,7 @@ class RowReduction(GroupedGemm):
         phase = Int32(0)
         slot = Int32(0)
         lap = Int32(0)
-        record = read_tile(records, record_full, record_empty, slot, lap)
+        record = read_tile(*ring, slot, lap)
         while record[0] >= 0:
             row = record[1] + line
             row_end = record[2]
@@ -125,7 +125,7 @@ class RowReduction(GroupedGemm):
                     stage = Int32(0)
                     phase ^= 1
             slot, lap = next_slot(slot, lap, 1)
-            record = read_tile(records, record_full, record_empty, slot, lap)
+            record = read_tile(*ring, slot, lap)
 
     @cute.jit
     def _find_rows(self, begins: cute.Tensor, row_token: cute.Tensor, row: Int32, row_end: Int32, column: Int32, width: Int32):

@@ -1,5 +1,6 @@
 """Which tile a grouped GEMM uses, in one place. No compiler is imported here: the launch path asks this module too."""
 
+import dataclasses
 from dataclasses import dataclass
 
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -34,6 +35,8 @@ class Tile:
     """Blocks along the rows that share each tile of weights by multicast."""
     stages: int = 4
     """Depth of the operand pipeline."""
+    fed: bool = False
+    """What the epilogue reads comes through the stages, behind the operands (fed_gemm.py): of the activation's backward only."""
 
     @property
     def rows_per_consumer(self) -> int:
@@ -69,7 +72,9 @@ class Tile:
     @property
     def name(self) -> str:
         """Also the name of the tile in a variant: an identifier."""
-        return f"m{self.m}n{self.n}{'pp' if self.pingpong else 'co'}{self.consumers}c{self.cluster}s{self.stages}"
+        return (
+            f"m{self.m}n{self.n}{'pp' if self.pingpong else 'co'}{self.consumers}c{self.cluster}s{self.stages}{'fed' if self.fed else ''}"
+        )
 
     def check(self) -> None:
         """Raises ValueError naming the rule that this tile breaks."""
@@ -80,6 +85,7 @@ class Tile:
             f"m={self.m}: each consumer needs whole blocks of 64 rows": self.m % (64 if self.pingpong else 64 * self.consumers) == 0,
             f"n={self.n}: must be 128, 192 or 256": self.n in (128, 192, 256),
             f"cluster={self.cluster}: must be 1 or 2": self.cluster in (1, 2),
+            "fed needs consumers that share the tile, 64 rows each": not self.fed or (not self.pingpong and self.m == 64 * self.consumers),
             f"{self.accumulators} accumulators leave too few registers": self.accumulators + 32 <= self.registers(gather=True)[1],
             f"{self.shared_bytes} bytes of shared memory: at most {SHARED_MEMORY_BYTES}": self.shared_bytes <= SHARED_MEMORY_BYTES,
         }
@@ -115,7 +121,10 @@ SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 """For experts of a few rows each, whose weights are all that takes time: twice TALL's tiles of columns, so that more multiprocessors read
 them, 128 KiB of weights in flight, and no consumer without rows."""
 
-TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL)}
+FED = tuple(dataclasses.replace(tile, fed=True) for tile in (WIDE, LONE, TALL, PAIR))
+"""Candidates for the activation's backward, in no rule yet: z through the stages, dz back over it in shared memory."""
+
+TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL, *FED)}
 
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes

@@ -1,0 +1,191 @@
+"""The activation backward's epilogue on z in shared memory (fed_gemm.py): every warp for itself, without a barrier.
+
+A warp has 16 of its consumer's 64 rows. A *unit* is what one box of 64 columns of z gives (both boxes, of the gate and of the up projection,
+where those lie apart): 32 columns of da of the interleaved layout, else 64. A thread reads its own elements of z, 8 bytes (gate, up,
+gate, up) or 4 a part, and writes dz over them; scaled_a goes to the warp's staging, two chunks of 16 rows x 64 columns. Then
+the warp's 16 rows x 64 columns of each leave by TMA if they are all the expert's, else by 16-byte stores of the rows that are. So the
+registers beside the accumulators are few, and three consumers have them too.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from sonicmoe.kernels import ptx
+from sonicmoe.kernels.epilogue_backward import ActivationBackwardEpilogue
+from sonicmoe.kernels.tiles import TILE_K, Tile
+
+ROWS = 16
+"""Of a warp."""
+
+
+class WarpStore:
+    """Stores chunks of 16 rows x 64 columns, by one warp, of a row-major output seen as (rows, columns, parts)."""
+
+    def __init__(self, dtype: type[cutlass.Numeric], rows: int = ROWS) -> None:
+        self.dtype = dtype
+        self.rows = rows
+
+    def layout(self):
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
+        return cute.tile_to_shape(atom, (self.rows, TILE_K), order=(0, 1))
+
+    def prepare(self, out: cute.Tensor) -> tuple:
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, self.layout(), (self.rows, TILE_K))
+        return atom, tensor, out
+
+    @cute.jit
+    def send(self, args: tuple, pointer: cute.Pointer, row: Int32, row_end: Int32, column: Int32, part: cutlass.Constexpr[int]):
+        """What the warp has written at ``pointer`` to rows [row, min(row + 16, row_end)); joins the warp's next bulk group."""
+        atom, tensor, out = args
+        if row + ROWS <= row_end:
+            layout = self.layout()
+            shared = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=self.dtype), layout.outer)
+            target = cute.local_tile(cute.domain_offset((row, column), tensor[None, None, part]), (ROWS, TILE_K), (0, 0))
+            to_shared, to_memory = cpasync.tma_partition(
+                atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(target, 0, 2)
+            )
+            cute.copy(atom, to_shared, to_memory)
+        else:
+            piece = cute.arch.lane_idx() % 8
+            at = column + piece * 8
+            destination = out.iterator.toint() + (Int64(part) * out.stride[2] + at) * 2
+            for i in cutlass.range_constexpr(ROWS // 4):
+                line = cute.arch.lane_idx() // 8 + i * 4
+                if (row + line < row_end) & (at < out.shape[1]):
+                    source = pointer.toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+                    ptx.copy_16_bytes_out(destination + Int64(row + line) * (out.stride[0] * 2), source)
+
+
+class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
+    """The same results, bits included, from z in shared memory."""
+
+    def __init__(self, *, dtype: type[cutlass.Numeric], tile: Tile, activation: str, interleaved: bool, **results: bool) -> None:
+        super().__init__(dtype=dtype, tile_n=tile.n, activation=activation, interleaved=interleaved, **results)
+        self.tile = tile
+        self.boxes_per_unit = 2 if self.gated and not self.interleaved else 1
+        self.units = tile.n // self.width_of_unit
+        room = 1 + tile.n // tile.m
+        self.boxes_per_stage = room // self.boxes_per_unit * self.boxes_per_unit
+        self.input_stages = -(-self.units * self.boxes_per_unit // self.boxes_per_stage)
+        self.chunk_units = TILE_K // self.width_of_unit
+        self.warp_store = WarpStore(dtype)
+
+    @property
+    def width_of_unit(self) -> int:
+        """Columns of da."""
+        return 32 if self.interleaved else 64
+
+    def boxes_of_stage(self, number: int) -> list[int]:
+        """The boxes of a tile's input that its ``number``-th stage of input holds."""
+        first = number * self.boxes_per_stage
+        return list(range(first, min(first + self.boxes_per_stage, self.units * self.boxes_per_unit)))
+
+    def columns_of_box(self, box: int, column_tile) -> tuple:
+        """(part, first column in it)."""
+        if self.interleaved:
+            return 0, column_tile * (2 * self.tile_n) + box * TILE_K
+        return box % self.boxes_per_unit, column_tile * self.tile_n + box // self.boxes_per_unit * TILE_K
+
+    def prepare(self, z, score, row_slot, columns, dz, scaled_a, partial) -> tuple:
+        """z and dz (rows, columns, parts), scaled_a (rows, columns, 1)."""
+        box = WarpStore(self.dtype, self.tile.m).layout()
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), z, box, (self.tile.m, TILE_K))
+        return (
+            (atom, tensor, z),
+            score,
+            row_slot,
+            self.warp_store.prepare(dz) if const_expr(self.dz) else None,
+            self.warp_store.prepare(scaled_a) if const_expr(self.scaled_a) else None,
+            partial,
+        )
+
+    def begin(self, args: tuple, row, row_end) -> tuple:
+        """The scores of a thread's two rows, and their sums, zero."""
+        _, score, row_slot, *_ = args
+        scores = [score[row_slot[cutlass.min(mine, row_end - 1)]] for mine in self._own(row)]
+        sums = cute.make_rmem_tensor((2,), Float32)
+        for half in range(2):
+            sums[half] = Float32(0.0)
+        return scores[0], scores[1], sums
+
+    def _own(self, row) -> list:
+        """A thread's two rows."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        return [row + warp * ROWS + half * 8 + cute.arch.lane_idx() // 4 for half in range(2)]
+
+    def _staging(self, staging: cute.Pointer, chunk: int):
+        """The warp's buffer of a chunk of scaled_a."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        return staging + warp * (2 * ROWS * TILE_K) + chunk % 2 * ROWS * TILE_K
+
+    def _addresses(self, box: cute.Pointer, group: int, half: int):
+        """Of a thread's elements of a group of 8 columns of da in a box of this consumer's 64 rows."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        line, quarter = lane // 4, lane % 4
+        begin = box.toint() + warp * (ROWS * 128) + line * 128
+        if self.interleaved:
+            return begin + (((2 * group + quarter // 2) ^ line) * 16 + quarter % 2 * 8) + half * 8 * 128
+        return begin + ((group ^ line) * 16 + quarter * 4) + half * 8 * 128
+
+    def compute(self, accumulators, unit: int, args: tuple, held: tuple, boxes: list, staging) -> None:
+        """A unit: dz over z, scaled_a to the staging, the rows' sums."""
+        *scores, sums = held
+        groups = self.width_of_unit // 8
+        if self.scaled_a and unit % self.chunk_units == 0 and unit >= 2 * self.chunk_units:
+            self.wait_until_read(self.chunk_units)  # the chunk before last, whose buffer this is
+        for pair in range(groups // 2):
+            scaled = {}
+            for group in (2 * pair, 2 * pair + 1):
+                for half in range(2):
+                    at = [self._addresses(box, group, half) for box in boxes]
+                    da = [accumulators[(unit * groups + group) * 4 + half * 2 + i] for i in range(2)]
+                    loaded = ptx.load_shared_8_bytes(at[0]) if self.interleaved else [ptx.load_shared_4_bytes(part) for part in at]
+                    values, *slopes = zip(*self._derived(loaded), strict=True)
+                    for i in range(2):
+                        sums[half] = sums[half] + da[i] * values[i]
+                    weighted = [scores[half] * da[i] for i in range(2)]
+                    gradient = [[weighted[i] * slope[i] for i in range(2)] for slope in slopes]
+                    if self.dz and self.interleaved:
+                        ptx.store_8_bytes(at[0], *(ptx.pack(self.dtype, *both) for both in zip(*gradient, strict=True)))
+                    elif self.dz:
+                        for part, both in zip(at, gradient, strict=True):
+                            ptx.store_4_bytes(part, ptx.pack(self.dtype, *both))
+                    scaled[group % 2, half] = ptx.pack(self.dtype, *(scores[half] * value for value in values))
+            if self.scaled_a:
+                lane = cute.arch.lane_idx()
+                line, piece = lane % 16, unit % self.chunk_units * groups + 2 * pair + lane // 16
+                at = self._staging(staging, unit // self.chunk_units).toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+                ptx.store_four_matrices(at, scaled[0, 0], scaled[0, 1], scaled[1, 0], scaled[1, 1])
+
+    @cute.jit
+    def send(self, unit: cutlass.Constexpr[int], args: tuple, boxes: list, staging, row, row_end, column_tile):
+        """The unit's dz, and a chunk of scaled_a that it completes, in one bulk group."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        mine = row + warp * ROWS
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        if const_expr(self.dz):
+            for i in cutlass.range_constexpr(self.boxes_per_unit):
+                part, column = self.columns_of_box(unit * self.boxes_per_unit + i, column_tile)
+                self.warp_store.send(args[3], boxes[i] + warp * const_expr(ROWS * TILE_K), mine, row_end, column, part)
+        if const_expr(self.scaled_a and (unit + 1) % self.chunk_units == 0):
+            chunk = const_expr(unit // self.chunk_units)
+            column = column_tile * self.tile_n + const_expr(chunk * TILE_K)
+            self.warp_store.send(args[4], self._staging(staging, chunk), mine, row_end, column, 0)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def wait_until_read(self, groups: int) -> None:
+        """Until the TMA unit has read what this warp sent, but for its last ``groups`` bulk groups."""
+        cute.arch.cp_async_bulk_wait_group(groups, read=True)
+        cute.arch.sync_warp()
+
+    def store_sums(self, args: tuple, held: tuple, row, row_end, column_tile) -> None:
+        if self.dscore:
+            for half, mine in enumerate(self._own(row)):
+                self._store_sum(args[5], column_tile, mine, row_end, held[2][half])
+
+    def finish(self, consumer) -> None:
+        """A tile's stores have left shared memory before its last stage is given back."""
