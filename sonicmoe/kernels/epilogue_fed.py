@@ -1,10 +1,10 @@
 """The activation backward's epilogue on z in shared memory (fed_gemm.py): every warp for itself, without a barrier.
 
-A warp has 16 of its consumer's 64 rows. A *unit* is what one box of 64 columns of z gives (both boxes, of the gate and of the up projection,
-where those lie apart): 32 columns of da of the interleaved layout, else 64. A thread reads its own elements of z, 8 bytes (gate, up,
-gate, up) or 4 a part, and writes dz over them; scaled_a goes to the warp's staging, two chunks of 16 rows x 64 columns. Then
-the warp's 16 rows x 64 columns of each leave by TMA if they are all the expert's, else by 16-byte stores of the rows that are. So the
-registers beside the accumulators are few, and three consumers have them too.
+A warp has 16 of its consumer's 64 rows. A *unit* is what one box of 64 columns of z gives (both boxes, of the gate and of the up
+projection, where those lie apart): 32 columns of da of the interleaved layout, else 64. A thread reads its own elements of z, 8 bytes
+(gate, up, gate, up) or 4 a part, and writes dz over them; scaled_a goes to the warp's staging, two chunks of 16 rows x 64 columns.
+Then the warp's 16 rows x 64 columns of each leave by TMA if they are all the expert's, else by 16-byte stores of the rows that
+are. So the registers beside the accumulators are few.
 """
 
 import cutlass
@@ -70,6 +70,7 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         self.boxes_per_stage = room // self.boxes_per_unit * self.boxes_per_unit
         self.input_stages = -(-self.units * self.boxes_per_unit // self.boxes_per_stage)
         self.chunk_units = TILE_K // self.width_of_unit
+        self.loaded_groups = 4 if tile.consumers == 2 else 1  # z of as many groups is in registers at a time
         self.warp_store = WarpStore(dtype)
 
     @property
@@ -112,53 +113,76 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
 
     def _own(self, row) -> list:
         """A thread's two rows."""
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
-        return [row + warp * ROWS + half * 8 + cute.arch.lane_idx() // 4 for half in range(2)]
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4, self._lane()
+        return [row + warp * ROWS + half * 8 + lane // 4 for half in range(2)]
+
+    def _lane(self):
+        """For three consumers by a shuffle, of which the compiler does not know that it gives the same lane each time: else it keeps
+        what follows from it, addresses above all, in more registers than there are."""
+        lane = cute.arch.lane_idx()
+        return cute.arch.shuffle_sync_bfly(lane, 0) if self.tile.consumers == 3 else lane
 
     def _staging(self, staging: cute.Pointer, chunk: int):
         """The warp's buffer of a chunk of scaled_a."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
         return staging + warp * (2 * ROWS * TILE_K) + chunk % 2 * ROWS * TILE_K
 
-    def _addresses(self, box: cute.Pointer, group: int, half: int):
-        """Of a thread's elements of a group of 8 columns of da in a box of this consumer's 64 rows."""
-        lane = cute.arch.lane_idx()
+    def _own_bytes(self, box: cute.Pointer, lane):
+        """Address of a thread's elements of group 0, first half, in a box of this consumer's 64 rows. A group lies ``^ group * 32`` bytes
+        from there (16 for a part of its own), for the swizzle is an exclusive or too; the second half 8 rows below."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
         line, quarter = lane // 4, lane % 4
         begin = box.toint() + warp * (ROWS * 128) + line * 128
         if self.interleaved:
-            return begin + (((2 * group + quarter // 2) ^ line) * 16 + quarter % 2 * 8) + half * 8 * 128
-        return begin + ((group ^ line) * 16 + quarter * 4) + half * 8 * 128
+            return begin + ((quarter // 2 ^ line) * 16 + quarter % 2 * 8)
+        return begin + (line * 16 + quarter * 4)
+
+    def _load_group(self, own: list, group: int) -> dict:
+        """z of a group of 8 columns of da: for each half the addresses and the registers."""
+        step = 32 if self.interleaved else 16
+        at = [ptx.exclusive_or(begin, group * step) for begin in own]
+        found = {}
+        for half in range(2):
+            places = [begin + half * 8 * 128 for begin in at]
+            registers = ptx.load_shared_8_bytes(places[0]) if self.interleaved else [ptx.load_shared_4_bytes(place) for place in places]
+            found[half] = places, registers
+        return found
 
     def compute(self, accumulators, unit: int, args: tuple, held: tuple, boxes: list, staging) -> None:
         """A unit: dz over z, scaled_a to the staging, the rows' sums."""
-        *scores, sums = held
         groups = self.width_of_unit // 8
         if self.scaled_a and unit % self.chunk_units == 0 and unit >= 2 * self.chunk_units:
             self.wait_until_read(self.chunk_units)  # the chunk before last, whose buffer this is
-        for pair in range(groups // 2):
-            scaled = {}
-            for group in (2 * pair, 2 * pair + 1):
-                for half in range(2):
-                    at = [self._addresses(box, group, half) for box in boxes]
-                    da = [accumulators[(unit * groups + group) * 4 + half * 2 + i] for i in range(2)]
-                    loaded = ptx.load_shared_8_bytes(at[0]) if self.interleaved else [ptx.load_shared_4_bytes(part) for part in at]
-                    values, *slopes = zip(*self._derived(loaded), strict=True)
-                    for i in range(2):
-                        sums[half] = sums[half] + da[i] * values[i]
-                    weighted = [scores[half] * da[i] for i in range(2)]
-                    gradient = [[weighted[i] * slope[i] for i in range(2)] for slope in slopes]
-                    if self.dz and self.interleaved:
-                        ptx.store_8_bytes(at[0], *(ptx.pack(self.dtype, *both) for both in zip(*gradient, strict=True)))
-                    elif self.dz:
-                        for part, both in zip(at, gradient, strict=True):
-                            ptx.store_4_bytes(part, ptx.pack(self.dtype, *both))
-                    scaled[group % 2, half] = ptx.pack(self.dtype, *(scores[half] * value for value in values))
-            if self.scaled_a:
-                lane = cute.arch.lane_idx()
-                line, piece = lane % 16, unit % self.chunk_units * groups + 2 * pair + lane // 16
-                at = self._staging(staging, unit // self.chunk_units).toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+        lane = self._lane()
+        own = [self._own_bytes(box, lane) for box in boxes]
+        loaded, scaled = {}, {}
+        for group in range(groups):
+            if group % self.loaded_groups == 0:
+                loaded = {ahead: self._load_group(own, ahead) for ahead in range(group, group + self.loaded_groups)}
+            for half in range(2):
+                places, registers = loaded[group][half]
+                da = [accumulators[(unit * groups + group) * 4 + half * 2 + i] for i in range(2)]
+                scaled[group % 2, half] = self._compute_pair(da, places, registers, held, half)
+            if self.scaled_a and group % 2 == 1:
+                line, chunk = lane % 16, unit // self.chunk_units
+                begin = self._staging(staging, chunk).toint() + line * 128 + (lane // 16 ^ line % 8) * 16
+                at = ptx.exclusive_or(begin, (unit % self.chunk_units * groups + group - 1) * 16)
                 ptx.store_four_matrices(at, scaled[0, 0], scaled[0, 1], scaled[1, 0], scaled[1, 1])
+
+    def _compute_pair(self, da: list, places: list, registers, held: tuple, half: int):
+        """A thread's two neighbouring columns of a row: stores dz, adds to the row's sum, returns scaled_a in one register."""
+        score, sums = held[half], held[2]
+        values, *slopes = zip(*self._derived(registers), strict=True)
+        for i in range(2):
+            sums[half] = sums[half] + da[i] * values[i]
+        weighted = [score * da[i] for i in range(2)]
+        gradient = [[weighted[i] * slope[i] for i in range(2)] for slope in slopes]
+        if self.dz and self.interleaved:
+            ptx.store_8_bytes(places[0], *(ptx.pack(self.dtype, *both) for both in zip(*gradient, strict=True)))
+        elif self.dz:
+            for place, both in zip(places, gradient, strict=True):
+                ptx.store_4_bytes(place, ptx.pack(self.dtype, *both))
+        return ptx.pack(self.dtype, *(score * value for value in values))
 
     @cute.jit
     def send(self, unit: cutlass.Constexpr[int], args: tuple, boxes: list, staging, row, row_end, column_tile):

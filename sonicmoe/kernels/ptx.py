@@ -60,6 +60,11 @@ def add_16_bytes_out(destination: Int64, shared: Int32) -> None:
     )
 
 
+def exclusive_or(value: Int32, constant: int) -> Int32:
+    """Computed where it is used, not kept in a register from an earlier use."""
+    return cute.arch.inline_ptx(f"xor.b32 {{$w0}}, {{$r0}}, {constant};", write_only_types=[Int32], read_only_args=[value])
+
+
 def bits(value: Float32) -> Uint32:
     """The register of a float32."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[value])

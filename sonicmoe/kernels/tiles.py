@@ -121,10 +121,11 @@ SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 """For experts of a few rows each, whose weights are all that takes time: twice TALL's tiles of columns, so that more multiprocessors read
 them, 128 KiB of weights in flight, and no consumer without rows."""
 
-FED = tuple(dataclasses.replace(tile, fed=True) for tile in (WIDE, LONE, TALL, PAIR))
-"""Candidates for the activation's backward, in no rule yet: z through the stages, dz back over it in shared memory."""
+WIDE_FED, LONE_FED, TALL_FED, PAIR_FED = (dataclasses.replace(tile, fed=True) for tile in (WIDE, LONE, TALL, PAIR))
+"""Candidates for the activation's backward, in no rule yet: z through the stages, dz back over it in shared memory. Their epilogue needs
+so few registers that three consumers have them too."""
 
-TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL, *FED)}
+TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL, WIDE_FED, LONE_FED, TALL_FED, PAIR_FED)}
 
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes

@@ -17,7 +17,7 @@ from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate
 from sonicmoe.backends import hopper, hopper_backward
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import BROAD, PAIR, TALL, TILES, WIDE, weight_grad_tile
+from sonicmoe.kernels.tiles import BROAD, PAIR, PAIR_FED, TALL, TALL_FED, TILES, WIDE, WIDE_FED, weight_grad_tile
 from sonicmoe.tests.backward_cases import (
     Case,
     assert_near,
@@ -44,6 +44,12 @@ def poisoned(monkeypatch):
     multiprocessors.cache_clear()
 
 
+FED = [
+    (WIDE_FED, {"layout": "concatenated", "activation": "geglu"}),
+    (TALL_FED, {}),
+    (PAIR_FED, {"activation": "gelu"}),
+]
+
 RESET = r"st\.global\.b32\s+\[%rd\d+(\+\d+)?\], 0;"
 """Of the counter of tiles."""
 
@@ -69,6 +75,24 @@ def make_case(**options):
 def test_activation_backward_matches_float64(overwrite_z):
     case = make_case(bias=True)
     in_every_order(lambda: check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=overwrite_z))
+
+
+@pytest.mark.parametrize(("tile", "options"), FED, ids=lambda value: getattr(value, "name", ""))
+def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypatch, tile, options):
+    """Whole tiles, whose z comes by TMA, and tails, whose z comes row by row: dz where z was, and no row of a neighbour's z is read."""
+    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns: tile)
+    case = make_case(**options)
+    in_every_order(lambda: check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=True))
+
+
+def test_z_through_the_stages_changes_no_bit(monkeypatch):
+    case, results = make_case(), []
+    for tile in (WIDE, WIDE_FED):
+        monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns, tile=tile: tile)
+        with emulator.emulation():
+            results.append(check_activation_backward(case, hopper_backward.activation_backward))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 def test_weight_and_bias_gradients_match_float64():
@@ -189,6 +213,12 @@ def test_experts_train_on_these_kernels(monkeypatch, kept):
 
 PRODUCTS = [
     variants.activation_backward(tile=WIDE, dtype="bfloat16", activation="swiglu", interleaved=True, dz=True, dscore=True, scaled_a=True),
+    *(
+        variants.activation_backward(
+            tile=tile, dtype="bfloat16", activation="swiglu", interleaved=True, dz=True, dscore=True, scaled_a=True
+        )
+        for tile in (WIDE_FED, TALL_FED)
+    ),
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=False),
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True),
     variants.weight_grad(tile=WIDE, dtype="bfloat16", transposed=True, add=True),

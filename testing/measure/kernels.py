@@ -29,7 +29,21 @@ from sonicmoe import timing
 from sonicmoe.activations import activate, activation_gradient
 from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SLIM, SMALL, SQUARE, TALL, WIDE, Tile
+from sonicmoe.kernels.tiles import (
+    BROAD,
+    LONE,
+    LONE_FED,
+    PAIR,
+    PAIR_FED,
+    SLIM,
+    SMALL,
+    SQUARE,
+    TALL,
+    TALL_FED,
+    WIDE,
+    WIDE_FED,
+    Tile,
+)
 from sonicmoe.thiek import Thiek
 from testing.measure.clock import effort
 from testing.measure.items import Bound, Item, Options, broken, cell, size_text
@@ -189,7 +203,7 @@ KERNELS = (
         lambda t: _weights(t, t.I, t.T * t.H + 5 * t.rows * t.I),
         hopper_backward,
         "activation_backward_tile",
-        (WIDE, LONE, SLIM, SQUARE),
+        (WIDE, LONE, SLIM, SQUARE, WIDE_FED, LONE_FED, TALL_FED, PAIR_FED),
         lambda tile: [
             variants.activation_backward(tile=tile, **BUILD, dz=True, dscore=True, scaled_a=True),
             variants.score_grad(dtype="bfloat16", bias=False),
