@@ -7,6 +7,7 @@ import torch
 
 from sonicmoe.backends import hopper_backward
 from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import LONE_FED, PAIR_FED, TALL_FED, WIDE_FED
 from sonicmoe.tests.backward_cases import (
     Case,
     check_activation_backward,
@@ -41,6 +42,14 @@ VARIANTS = [
 ]
 """activation, layout, bias and dtype of activation_backward."""
 
+FED = {tile.name: tile for tile in (WIDE_FED, LONE_FED, TALL_FED, PAIR_FED)}
+"""Tiles of activation_backward that no rule takes yet."""
+FED_VARIANTS = [
+    ("swiglu", "interleaved", torch.bfloat16),
+    ("geglu", "concatenated", torch.float16),
+    ("gelu", "interleaved", torch.bfloat16),
+]
+
 LAYOUTS = ["interleaved", "concatenated"]
 DTYPES = [torch.bfloat16, torch.float16]
 NEEDS = ["need_dz", "need_dscore", "need_scaled_a"]
@@ -58,7 +67,13 @@ def gpu_kernels():
     layers += [kernel_options() | {"results": (need.removeprefix("need_"),)} for need in NEEDS if need != "need_scaled_a"]
     found = [variants.backward_variants(**layer) for layer in layers]
     found += [variants.weight_grads(dtype=kernel_options(dtype=dtype)["dtype"], add=True) for _, dtype in ADDED]
+    found += [_fed_variants(tile, *variant) for tile in FED.values() for variant in FED_VARIANTS]
     return list(itertools.chain.from_iterable(found))
+
+
+def _fed_variants(tile, activation, layout, dtype):
+    options = {name: value for name, value in kernel_options(activation, layout, False, dtype).items() if name != "bias"}
+    return [variants.activation_backward(tile=tile, **options, dz=True, dscore=True, scaled_a=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +95,18 @@ def test_activation_backward_matches_float64(counts, activation, layout, bias, d
     first, second = (check_activation_backward(case, hopper_backward.activation_backward) for _ in range(2))
     assert_same_bits(first[::2], second[::2], case.rows)
     assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("activation", "layout", "dtype"), FED_VARIANTS)
+@pytest.mark.parametrize("tile", FED)
+def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypatch, counts, activation, layout, dtype, tile):
+    """In the memory of z too: no row of a neighbour's z is read, which may be dz already."""
+    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns: FED[tile])
+    case = Case(*COUNTS[counts], dtype=dtype, activation=activation, layout=layout)
+    apart, over = (check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=over) for over in (False, True))
+    assert_same_bits(apart[::2], over[::2], case.rows)
+    assert torch.equal(apart[1], over[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
