@@ -7,6 +7,7 @@ change of sources, parameters or compiler is a miss and never a wrong hit.
 import fcntl
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cute_runtime.objects import CorruptObjectError, object_name, split_object
@@ -14,6 +15,8 @@ from cute_runtime.sources import compiler_version, key, sources
 from cute_runtime.variant import Variant
 
 CACHE_VARIABLE = "SONICMOE_CACHE"
+NOT_USED = "%s; it is not used"
+"""The warning about a prebuilt object."""
 
 _log = logging.getLogger("cute_runtime")
 
@@ -26,11 +29,14 @@ def cache_folder() -> Path:
     return Path(base) / "sonicmoe" / "kernels"
 
 
-def cached_or_built(variant: Variant) -> Path:
+def cached_or_built(variant: Variant, passed_over: Sequence[str] = ()) -> Path:
     """The object of a variant from the cache, compiled into it first where it is missing.
 
     Processes that want the same kernel at once wait for the first of them. A file that is cut short or altered counts as
     missing and says so.
+
+    Args:
+        passed_over: why each prebuilt object will not do; said only where the kernel is compiled for it, which is once.
 
     Raises:
         MissingToolError, KernelCompileError: see :func:`cute_runtime.build`.
@@ -51,5 +57,7 @@ def cached_or_built(variant: Variant) -> Path:
             _log.warning("%s; it is compiled anew", error)
         else:
             return path
+        for reason in passed_over:
+            _log.warning(NOT_USED, reason)
         _log.info("%s: compiling for the first time, kept in %s", variant.name, folder)
         return build(variant, folder)

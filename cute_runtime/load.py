@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from cute_runtime.cache import cache_folder, cached_or_built
+from cute_runtime.cache import NOT_USED, cache_folder, cached_or_built
 from cute_runtime.discover import KERNELS_VARIABLE, prebuilt_folders
 from cute_runtime.objects import FUNCTION, CorruptObjectError, object_name, split_object
 from cute_runtime.sources import COMPILER, changed_sources, compiler_version
@@ -26,8 +26,8 @@ def load(variant: Variant) -> Callable[..., None]:
     """The function that launches a variant on the caller's current CUDA stream; loaded once per process.
 
     Looked for as a prebuilt object (:func:`cute_runtime.discover.prebuilt_folders`), then in the cache on disk, then compiled
-    where the compiler is installed. A prebuilt object whose sources have changed since, or which is damaged, is passed over
-    with a warning. The function takes torch tensors and numbers as the kernel's ``trace`` declares them, without the stream,
+    where the compiler is installed. A prebuilt object whose sources have changed since, or which is damaged, is passed over,
+    with a warning where that costs a compilation. The function takes torch tensors and numbers as the kernel's ``trace`` declares them, without the stream,
     and raises TypeError or ValueError where dtype, rank, shape, alignment or device differ from that.
 
     Raises:
@@ -63,16 +63,16 @@ def find(variant: Variant) -> Path:
             passed_over.append(f"{path}: is stale, {', '.join(changed)} changed since it was built")
         else:
             return path
-    for reason in passed_over:
-        _log.warning("%s; it is not used", reason)
     if compiler_version() is None:
+        for reason in passed_over:
+            _log.warning(NOT_USED, reason)
         searched = ", ".join(map(str, folders))
         raise MissingKernelError(
             f"{variant.name}: no usable prebuilt object in {searched}, and {COMPILER} is not installed to compile it for "
             f'{cache_folder()}: pip install "sonicmoe[compile]", or put an object from python -m cute_runtime build '
             f"--variant {variant.name} --out DIR into a folder named by {KERNELS_VARIABLE}"
         )
-    return cached_or_built(variant)
+    return cached_or_built(variant, passed_over)
 
 
 def _open(path: Path) -> Callable[..., None]:

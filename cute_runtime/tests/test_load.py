@@ -85,6 +85,28 @@ def test_stale_prebuilt_object_is_passed_over_and_named(variant, tmp_path, build
     assert "is stale, toy/kernels/gemm.py changed since it was built; it is not used" in caplog.text
 
 
+def test_stale_object_is_named_once_and_not_where_another_fits(variant, tmp_path, builds, caplog, monkeypatch):
+    stale = put(tmp_path / "prebuilt", variant)
+    (tmp_path / "src" / "toy" / "kernels" / "gemm.py").write_text("M = 256\n")
+    built = finder.find(variant)
+    assert finder.find(variant) == built
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [str(stale)]
+    caplog.clear()
+    fitting = put(tmp_path / "other", variant)
+    monkeypatch.setenv("SONICMOE_KERNELS", f"{tmp_path / 'prebuilt'}:{tmp_path / 'other'}")
+    assert finder.find(variant) == fitting
+    assert caplog.records == []
+
+
+def test_stale_object_is_named_where_nothing_can_be_compiled(variant, tmp_path, caplog, monkeypatch):
+    put(tmp_path / "prebuilt", variant)
+    (tmp_path / "src" / "toy" / "kernels" / "gemm.py").write_text("M = 256\n")
+    monkeypatch.setattr(finder, "compiler_version", lambda: None)
+    with pytest.raises(MissingKernelError):
+        finder.find(variant)
+    assert "is stale, toy/kernels/gemm.py changed since it was built; it is not used" in caplog.text
+
+
 def test_prebuilt_object_without_its_sources_is_taken(variant, tmp_path, builds):
     path = put(tmp_path / "prebuilt", variant)
     (tmp_path / "src" / "toy" / "kernels" / "gemm.py").unlink()
