@@ -27,8 +27,9 @@ def load(variant: Variant) -> Callable[..., None]:
 
     Looked for as a prebuilt object (:func:`cute_runtime.discover.prebuilt_folders`), then in the cache on disk, then compiled
     where the compiler is installed. A prebuilt object whose sources have changed since, or which is damaged, is passed over,
-    with a warning where that costs a compilation. The function takes torch tensors and numbers as the kernel's ``trace`` declares them, without the stream,
-    and raises TypeError or ValueError where dtype, rank, shape, alignment or device differ from that.
+    with a warning where that costs a compilation. The function takes torch tensors and numbers as the kernel's ``trace``
+    declares them, without the stream, and raises TypeError or ValueError where dtype, rank, shape, alignment or device differ
+    from that.
 
     Raises:
         MissingKernelError: there is no usable object and no compiler.

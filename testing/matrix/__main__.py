@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     tester.add_argument("--defects", metavar="GLOB", help="only the planted defects whose names match, such as '*bias*'")
     tester.add_argument("--out", type=Path, metavar="DIR", help="write selftest.json and selftest.md there")
+    tester.add_argument(
+        "--build",
+        type=Path,
+        metavar="DIR",
+        help="run nothing; compile the kernels with the defects into DIR, without a GPU, for runs with SONICMOE_KERNELS=DIR",
+    )
     tester.set_defaults(run=_selftest)
     tighten = commands.add_parser("ratchet", help="propose floors for the speed cells from recorded results, as a patch of the matrix file")
     tighten.add_argument("results", nargs="+", metavar="RESULT", help="result files, of shards or merged, or folders that hold shards")
@@ -128,6 +134,8 @@ def _gate(arguments: argparse.Namespace, matrix: Matrix) -> int:
 
 
 def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    if arguments.build is not None:
+        return _build_defects(arguments, matrix)
     machine = _machine(arguments, matrix)
     from sonicmoe import environment
     from testing.matrix import selftest
@@ -142,6 +150,8 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
         raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(EVERY)} defects")
     if not defects:
         raise MatrixError(f"--defects {arguments.defects}: matches defects in kernels only, which need an sm_90 GPU")
+    if machine.gpus:
+        _look_for_defects({name: asked[name] for name in defects if isinstance(asked[name], SourceDefect)}, matrix, machine.profile)
     options = selftest.SelftestOptions(machine.jobs, _cores(), _seed(arguments), machine.gpus, _command())
     setup = selftest.default_setup(matrix, machine.profile, machine.device)
     described = environment.describe()
@@ -167,6 +177,47 @@ def _selftest(arguments: argparse.Namespace, matrix: Matrix) -> int:
         if away:
             print(not_run)
     return GATE_FAILED if tested.reasons else OK
+
+
+def _build_defects(arguments: argparse.Namespace, matrix: Matrix) -> int:
+    """Objects of the kernels with each defect, in a folder of the defect's name."""
+    from cute_runtime import MissingToolError
+    from cute_runtime.builder import tools
+    from testing.matrix.defects_kernels import KERNEL_DEFECTS
+    from testing.matrix.planting_build import build_planted, compile_in, planted_kernels
+
+    if arguments.profile not in ("auto", "hopper"):
+        raise MatrixError(f"--profile {arguments.profile}: kernels are of the hopper profile")
+    defects = {name: defect for name, defect in KERNEL_DEFECTS.items() if fnmatch.fnmatchcase(name, arguments.defects or "*")}
+    if not defects:
+        raise MatrixError(f"--defects {arguments.defects}: matches none of the {len(KERNEL_DEFECTS)} defects in kernels")
+    try:
+        tools()
+    except MissingToolError as error:
+        raise MatrixError(str(error)) from None
+    kernels = planted_kernels(defects, matrix, plan.profile_of(matrix, "hopper"))
+    with runner.Steps(len(kernels)) as steps:
+        jobs = _jobs(arguments) or _cores()
+        failed = build_planted(defects, kernels, arguments.build, jobs=jobs, compile_one=compile_in, ended=steps.ended)
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.build), "kernels": len(kernels) - len(failed), "failed": failed}))
+    else:
+        print(f"{len(kernels) - len(failed)} of {len(kernels)} kernels with {len(defects)} defects in {arguments.build}")
+    return GATE_FAILED if failed else OK
+
+
+def _look_for_defects(defects: Mapping[str, Any], matrix: Matrix, profile: Profile) -> None:
+    """Says how many kernels with the defects were not built beforehand; refuses where they cannot be compiled either."""
+    from cute_runtime.sources import COMPILER, compiler_version
+    from testing.matrix.planting_build import missing_kernels
+
+    missing = missing_kernels(defects, matrix, profile)
+    if not missing:
+        return
+    how = "build them anywhere with --build DIR, and name DIR in SONICMOE_KERNELS"
+    if compiler_version() is None:
+        raise MatrixError(f"{len(missing)} kernels with defects are not built, and {COMPILER} is not installed: {how}")
+    print(f"{len(missing)} kernels with defects are not built: compiled on the way where the cache lacks them; {how}", file=sys.stderr)
 
 
 def _ratchet(arguments: argparse.Namespace, matrix: Matrix) -> int:
@@ -230,10 +281,14 @@ def _machine(arguments: argparse.Namespace, matrix: Matrix) -> _Machine:
     profile = plan.profile_of(matrix, _profile_name(arguments.profile, lambda: gpus))
     if profile.name != "cpu" and gpus == 0:
         raise MatrixError(f"--profile {profile.name}: needs an sm_90 GPU, and none is visible here")
+    jobs = _jobs(arguments) or (min(4 * gpus, _cores()) if gpus else _cores())
+    return _Machine(profile, gpus, "cuda" if gpus else "cpu", jobs)
+
+
+def _jobs(arguments: argparse.Namespace) -> int | None:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise MatrixError(f"--jobs {arguments.jobs}: must be at least 1")
-    jobs = arguments.jobs or (min(4 * gpus, _cores()) if gpus else _cores())
-    return _Machine(profile, gpus, "cuda" if gpus else "cpu", jobs)
+    return arguments.jobs
 
 
 def _seed(arguments: argparse.Namespace) -> int:

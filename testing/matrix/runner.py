@@ -40,6 +40,8 @@ class RunOptions:
     command: str
     cores: int | None = None
     """Cores that all workers share; None is every core of the machine."""
+    first_gpu: int = 0
+    """The GPU of the first worker, modulo their number; for runs side by side."""
     quiet: bool = False
     """Without progress, for a run within another command's."""
 
@@ -132,7 +134,7 @@ def _measure(
             )
             for cell in phase
         ]
-        environments = [worker_environment(index, workers, gpus, options.cores) for index in range(workers)]
+        environments = [worker_environment(options.first_gpu + index, workers, gpus, options.cores) for index in range(workers)]
         for event in pool.run_jobs(jobs, setup, environments=environments, memory_bytes=int(profile.memory_gib * 2**30)):
             if isinstance(event, pool.Started):
                 progress.started(event.name)

@@ -75,7 +75,7 @@ def run_selftest(
     *,
     ended: Callable[[str, bool, str], None] = lambda name, good, line: None,
 ) -> Selftest:
-    """Plant every defect alone.
+    """Plant every defect alone, `options.jobs` at a time, in turn on each of the GPUs.
 
     Args:
         defects: name -> the cell that must fail.
@@ -89,7 +89,8 @@ def run_selftest(
         def start(number: int, name: str | None, cells: list[str]) -> tuple[gate.Verdict, float]:
             begin = time.monotonic()
             part = replace(matrix, cells=tuple(by_name[cell] for cell in cells))
-            verdict = _run_and_decide(part, profile, setup(name), Path(folder) / str(number), options, environment)
+            out = Path(folder) / str(number)
+            verdict = _run_and_decide(part, profile, setup(name), out, options, environment, first_gpu=number)
             return verdict, time.monotonic() - begin
 
         runs = {threads.submit(start, 0, None, sorted(set(defects.values()))): None}
@@ -135,7 +136,14 @@ def _reasons(outcomes: list[Outcome], untouched: list[dict[str, Any]]) -> list[s
 
 
 def _run_and_decide(
-    part: Matrix, profile: Profile, setup: Callable[[], pool.Work], out: Path, options: SelftestOptions, environment: dict[str, Any]
+    part: Matrix,
+    profile: Profile,
+    setup: Callable[[], pool.Work],
+    out: Path,
+    options: SelftestOptions,
+    environment: dict[str, Any],
+    *,
+    first_gpu: int,
 ) -> gate.Verdict:
     run_options = runner.RunOptions(
         shard_index=1,
@@ -148,6 +156,7 @@ def _run_and_decide(
         gpus=options.gpus,
         command=options.command,
         cores=max(1, options.cores // options.jobs),
+        first_gpu=first_gpu,
         quiet=True,
     )
     runner.run_shard(part, profile, run_options, setup, environment)
@@ -226,7 +235,7 @@ def default_setup(matrix: Matrix, profile: Profile, device: str) -> Setup:
     def setup(defect: str | None) -> Callable[[], pool.Work]:
         where = (str(matrix.path), profile.name, device)
         if defect in KERNEL_DEFECTS:
-            return functools.partial(planting_source.work_with, KERNEL_DEFECTS[defect], *where)
+            return functools.partial(planting_source.work_with, defect, KERNEL_DEFECTS[defect], *where)
         return functools.partial(_planted_work, *where, defect)
 
     return setup

@@ -75,7 +75,7 @@ def test_a_worker_runs_the_planted_source_and_the_gate_fails(tmp_path):
     matrix = small_matrix.load(tmp_path)
     part = replace(matrix, cells=matrix.cells[:1])
     options = runner.RunOptions(1, 1, tmp_path, 1, 1, None, False, 0, "test", quiet=True)
-    setup = functools.partial(work_with, WRONG_EXPERT, str(matrix.path), "cpu", "cpu")
+    setup = functools.partial(work_with, "wrong expert", WRONG_EXPERT, str(matrix.path), "cpu", "cpu")
     runner.run_shard(part, matrix.profiles["cpu"], options, setup, {"device": "test"})
     verdict = gate.decide(part, [runner.shard_path(tmp_path, 1, 1)], "cpu")
     assert not verdict.passed
