@@ -183,3 +183,18 @@ def test_kernels_builds_the_folder_that_is_asked_for(noxfile, monkeypatch, words
     session.posargs = ["--all"]
     with pytest.raises(SystemExit, match=r"^kernels takes --matrix, --tests or nothing, not --all$"):
         noxfile.kernels(session)
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"), [(["--build", "out/defects"], "compile,matrix"), (["--build=out/defects"], "compile,matrix"), ([], "matrix")]
+)
+def test_defects_are_built_with_the_compiler_on_a_machine_without_a_gpu(noxfile, monkeypatch, words, extra):
+    called = []
+    monkeypatch.setattr(noxfile, "listed_gpus", lambda: [])
+    monkeypatch.setattr(noxfile, "system_tool", lambda session, *names: names[0])
+    monkeypatch.setattr(noxfile, "interpreter", lambda session, extra: extra)
+    monkeypatch.setattr(noxfile, "run", lambda session, *command: called.append(command))
+    session = Session()
+    session.posargs = words
+    noxfile.gate_selftest(session)
+    assert called == [(extra, "-m", "testing.matrix", "selftest", *words)]

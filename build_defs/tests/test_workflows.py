@@ -73,6 +73,17 @@ def test_only_shards_and_tests_use_h100s():
     assert jobs(GPU)["shards"]["strategy"]["fail-fast"] is False
 
 
+def test_the_selftest_finds_on_its_h100_what_an_ordinary_runner_has_built():
+    kernels, selftest = (jobs(GPU.with_name("selftest.yml"))[name] for name in ("kernels", "selftest"))
+    built = {step["with"]["path"] for step in kernels["steps"] if "upload-artifact" in step.get("uses", "")}
+    taken = [step["with"]["path"] for step in selftest["steps"] if "download-artifact" in step.get("uses", "")]
+    assert built == {*taken} == {"out/kernels", "out/defects"}
+    assert any(step.get("run", "").endswith("gate_selftest -- --build out/defects") for step in kernels["steps"])
+    (step,) = [step for step in selftest["steps"] if "gate_selftest" in step.get("run", "")]
+    assert step["env"]["SONICMOE_KERNELS"] == ":".join("${{ github.workspace }}/" + path for path in taken)
+    assert "self-hosted" not in kernels["runs-on"]
+
+
 def test_two_gpus_are_skipped_where_no_runner_is_announced_and_the_gate_says_so():
     assert jobs(GPU)["two-gpus"]["if"].startswith("vars.TWO_GPU_RUNNER == 'yes' && (")
     steps = {step.get("name"): step for step in jobs(GPU)["gate"]["steps"]}

@@ -91,7 +91,7 @@ KERNEL_DEFECTS = {
     "kernel: activation for the weight's gradient without the score": SourceDefect(
         _BACKWARD, "*(scores[half] * value for value in values)", "*values", "activations/reglu"
     ),
-    "kernel: row sum of a partial block's last row not stored": SourceDefect(
+    "kernel: row sum of a tile's last row not stored": SourceDefect(
         _BACKWARD,
         "if (cute.arch.lane_idx() % 4 == 0) & (row < row_end):",
         "if (cute.arch.lane_idx() % 4 == 0) & (row + 1 < row_end):",
