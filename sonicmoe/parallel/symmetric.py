@@ -13,6 +13,7 @@ NVLink multicast is not used; `sonicmoe.parallel.launch` switches it off for the
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +23,11 @@ import torch.distributed as dist
 from sonicmoe.parallel.failures import naming_failures
 from sonicmoe.parallel.transport import Leg
 
-_ROW_BYTES = 64
-"""all_to_all_vdev cuts what it reads from a peer into up to 64 equal parts and gives up where that does not come out even."""
+_BLOCKS = (64, 16)
+"""The most blocks of all_to_all_vdev, within a host and otherwise."""
+
+_FULL_BYTES = 64 * 16 * 1024 * 8
+"""From this many bytes of input on it takes them all; it counts one block for 16 bytes of each of its threads, eight times over."""
 
 _ARGUMENTS = ("input", "out", "in_splits", "out_splits_offsets", "group_name")
 
@@ -45,6 +49,19 @@ def why_not(device: torch.device) -> str | None:
     if arguments != _ARGUMENTS:
         return f"torch {torch.__version__} has no symm_mem.all_to_all_vdev({', '.join(_ARGUMENTS)}), 2.9 and later do"
     return None
+
+
+def buffer_shape(rows: int, row_bytes: int, processes: int) -> tuple[int, int]:
+    """(rows, stride in bytes) of a buffer for ``rows`` rows of ``row_bytes`` that all_to_all_vdev takes whatever the splits.
+
+    It reads from each peer with ``max(blocks // processes, 1)`` blocks in equal parts and stops the device where splits times stride do
+    not divide evenly (nvshmem_extension.cu, allToAllV); ``blocks`` grows with the input's bytes up to 64 within a host and 16 otherwise,
+    or is TORCH_SYMMMEM_NBLOCKS. So the buffer is large enough for the most, and the stride a multiple of what each peer then gets.
+    """
+    blocks = [int(os.environ.get("TORCH_SYMMMEM_NBLOCKS", "0")), *_BLOCKS]
+    unit = math.lcm(16, *(max(count // processes, 1) for count in blocks))
+    stride = -(-max(row_bytes, 1) // unit) * unit
+    return max(rows, -(-_FULL_BYTES // stride)), stride
 
 
 @functools.cache
@@ -110,8 +127,8 @@ class SymmetricMemory:
 
     def start(self, leg: Leg, rows: torch.Tensor) -> "_SideFlight":
         received = rows.new_empty(leg.receive_rows, rows.shape[1])
-        stride = -(-rows.shape[1] * rows.element_size() // _ROW_BYTES) * _ROW_BYTES
-        channel = self._channel(stride, max(leg.send_rows, leg.receive_rows), rows.device)
+        most, row_bytes = max(leg.send_rows, leg.receive_rows), rows.shape[1] * rows.element_size()
+        channel = self._channel(*buffer_shape(most, row_bytes, dist.get_world_size(self.group)), rows.device)
         if self._side is None:
             self._exchange(channel, leg, rows, received)
             return _SideFlight(received, rows, None)
@@ -131,7 +148,7 @@ class SymmetricMemory:
             self._operation(source, channel.out, splits, offsets, self.group.group_name)
         out_bytes.copy_(channel.out[: received.shape[0], : out_bytes.shape[1]])
 
-    def _channel(self, stride: int, rows: int, device: torch.device) -> "_Channel":
+    def _channel(self, rows: int, stride: int, device: torch.device) -> "_Channel":
         """The buffers for rows of ``stride`` bytes; made, or made larger, on first use, as a collective of the group."""
         channel = self._channels.get(stride)
         if channel is None or channel.out.shape[0] < rows:

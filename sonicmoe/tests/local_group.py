@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,7 +18,7 @@ from sonicmoe.parallel.launch import without_multicast
 
 
 class RankError(RuntimeError):
-    """A function raised on some ranks; the message holds each one's traceback."""
+    """A function raised on some ranks, or they are gone; the message names each, with its traceback."""
 
 
 class LocalGroup:
@@ -30,14 +31,19 @@ class LocalGroup:
     """
 
     def __init__(self, processes: int, *, device_type: str = "cpu", timeout_s: float = 60.0) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s, self._size, self._device_type = timeout_s, processes, device_type
+        self._start()
+
+    def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         port = _free_port()
+        self.sound = True
+        """Whether `run` has returned from every call: after one that has not, ranks may be gone, or wait for each other."""
         self._pipes: list[Connection] = []
         self.processes = []
-        for rank in range(processes):
+        for rank in range(self._size):
             mine, theirs = spawn.Pipe()
-            arguments = (theirs, rank, processes, device_type, port, timeout_s)
+            arguments = (theirs, rank, self._size, self._device_type, port, self.timeout_s)
             process = spawn.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -50,17 +56,33 @@ class LocalGroup:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def renewed(self) -> "LocalGroup":
+        """This group, with new processes where a call has failed: one failure is not to take the tests after it along."""
+        if not self.sound:
+            self.close()
+            self._start()
+        return self
+
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(*arguments)`` on every rank; the results by rank, None where a process is gone.
+        """``function(*arguments)`` on every rank; the results by rank.
 
         Raises:
-            RankError: it raised somewhere.
+            RankError: it raised somewhere, or a process is gone or does not answer.
         """
-        results = self.attempt(function, *arguments)
-        failed = {rank: result for rank, result in enumerate(results) if isinstance(result, _Raised)}
+        self.sound, results = False, self.attempt(function, *arguments)
+        failed = {rank: result for rank, result in enumerate(results) if isinstance(result, _Raised | _Gone)}
         if failed:
-            raise RankError("\n".join(f"rank {rank}:\n{result.text}" for rank, result in failed.items()))
+            raise RankError("\n".join(f"rank {rank}{self._what(rank, result)}" for rank, result in failed.items()))
+        self.sound = True
         return results
+
+    def _what(self, rank: int, result: "_Raised | _Gone") -> str:
+        if isinstance(result, _Raised):
+            return f":\n{result.text}"
+        if result.silent:
+            return f" did not answer within {4 * self.timeout_s:.0f} s"
+        self.processes[rank].join(timeout=5)
+        return f" is gone (exit code {self.processes[rank].exitcode})"
 
     def errors(self, function: Callable[..., Any], *arguments: Any) -> list[str | None]:
         """The last line of what ``function`` raised on each rank, None where it returned or the process is gone."""
@@ -68,27 +90,34 @@ class LocalGroup:
         return [result.text.strip().splitlines()[-1] if isinstance(result, _Raised) else None for result in results]
 
     def attempt(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results by rank, _Raised or _Gone where there is none."""
         for pipe in self._pipes:
-            pipe.send((function, arguments))
+            with suppress(BrokenPipeError):  # of a process that is gone: _receive finds out
+                pipe.send((function, arguments))
         return [self._receive(pipe) for pipe in self._pipes]
 
     def _receive(self, pipe: Connection) -> Any:
         """A process that hangs is not waited for: the group's timeout has passed for all its collectives by then."""
-        if not pipe.poll(4 * self.timeout_s):
-            raise TimeoutError(f"a rank did not answer within {4 * self.timeout_s:.0f} s")
         try:
-            return pipe.recv()
-        except EOFError:
-            return None
+            return pipe.recv() if pipe.poll(4 * self.timeout_s) else _Gone(silent=True)
+        except (EOFError, ConnectionResetError):
+            return _Gone(silent=False)
 
     def close(self) -> None:
         for pipe in self._pipes:
             with suppress(OSError):
                 pipe.send(None)
         for process in self.processes:
-            process.join(timeout=10)
+            process.join(timeout=10 if self.sound else 1)
             if process.is_alive():
                 process.kill()
+                process.join()
+
+
+@dataclass(frozen=True)
+class _Gone:
+    silent: bool
+    """Whether the process is there and says nothing."""
 
 
 class _Raised:

@@ -80,12 +80,22 @@ class PaddedOnCpu(SymmetricMemory):
         self._init(group, chunk_tokens, capacity, _all_to_all_vdev, torch.empty)
 
 
+def vdev_parts(input_bytes: int, processes: int, *, within_host: bool, threads: int = 512) -> int:
+    """How many equal parts torch 2.11's all_to_all_vdev cuts the bytes from each peer into; it stops the device where that is uneven."""
+    blocks = -(-input_bytes // (16 * threads * 8))
+    blocks = -(-blocks // processes) * processes
+    return max(min(blocks, 64 if within_host else 16) // processes, 1)
+
+
 def _all_to_all_vdev(source: torch.Tensor, out: torch.Tensor, splits: torch.Tensor, offsets: torch.Tensor, group_name: str) -> None:
-    """What `torch.ops.symm_mem.all_to_all_vdev` promises; everything else in ``out`` becomes NaN."""
+    """What `torch.ops.symm_mem.all_to_all_vdev` promises, and asks for; everything else in ``out`` becomes NaN."""
     group = dist.distributed_c10d._resolve_process_group(group_name)
     dist.all_to_all_single(offsets[0], splits, group=group)
     offsets[1] = offsets[0].cumsum(0) - offsets[0]
     received = offsets[0].tolist()
+    for within_host in (True, False):
+        parts = vdev_parts(source.numel(), len(received), within_host=within_host)
+        assert all(rows * source.stride(0) % parts == 0 for rows in received), (received, source.shape, parts)
     out.fill_(255)
     dist.all_to_all_single(out[: sum(received)], source[: splits.sum()].contiguous(), received, splits.tolist(), group=group)
 

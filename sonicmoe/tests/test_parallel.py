@@ -1,6 +1,7 @@
 """Expert parallelism on four processes of this machine, with gloo. Groups of 1 and 2 are parts of the same four."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from routing import Routing
 from sonicmoe import accuracy
 from sonicmoe.cases import DTYPES
+from sonicmoe.parallel import symmetric
 from sonicmoe.parallel.plan import chunk_bounds, plan_sends
 from sonicmoe.tests import parallel_checks as checks
-from sonicmoe.tests.local_group import LocalGroup
+from sonicmoe.tests.local_group import LocalGroup, RankError
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,42 @@ def test_refusals(ranks: LocalGroup, option: str, value: object, message: str):
 def test_more_rows_than_capacity_stop_the_device(ranks: LocalGroup):
     for said in ranks.errors(checks.too_many_arrive):
         assert said == "RuntimeError: expert parallelism: more rows arrive than capacity allows"
+
+
+@pytest.mark.parametrize("processes", [*range(1, 17), 24, 64, 72])
+def test_buffers_divide_as_torch_cuts_them(processes: int):
+    """Of any number of rows, for the widths of tokens, labels and gradients of scores, with 512 threads or 1,024, within a host or not."""
+    for rows in (1, 3, 16384, 16384 * 8):
+        for row_bytes in (4, 8, 12, 16, 48, 64, 2880, 8192, 14336):
+            made, stride = symmetric.buffer_shape(rows, row_bytes, processes)
+            assert made >= rows
+            assert stride >= row_bytes
+            assert stride % 16 == 0
+            for within_host in (True, False):
+                for threads in (512, 1024):
+                    assert stride % checks.vdev_parts(made * stride, processes, within_host=within_host, threads=threads) == 0
+
+
+def test_rows_of_64_bytes_in_small_buffers_are_what_torch_refuses():
+    """What stopped the device on 2 GPUs: in 2,400 rows of 1,024 bytes it gives each peer 19 blocks."""
+    assert checks.vdev_parts(2400 * 1024, 2, within_host=True) == 19
+    assert 64 % 19
+
+
+def test_a_number_of_blocks_that_the_environment_names_divides_too(monkeypatch):
+    monkeypatch.setenv("TORCH_SYMMMEM_NBLOCKS", "42")
+    assert symmetric.buffer_shape(9, 100, 2)[1] % 21 == 0
+
+
+def test_a_group_names_the_rank_that_is_gone_and_can_be_renewed():
+    with LocalGroup(1) as group:
+        with pytest.raises(RankError, match=r"rank 0 is gone \(exit code 3\)"):
+            group.run(os._exit, 3)
+        with pytest.raises(RankError, match=r"rank 0 is gone \(exit code 3\)"):
+            group.run(os.getpid)
+        gone = group.processes[0].pid
+        assert group.renewed().run(os.getpid) == [group.processes[0].pid]
+        assert group.renewed().processes[0].pid != gone
 
 
 def test_a_stalled_rank_fails_the_others_within_the_timeout(ranks: LocalGroup):

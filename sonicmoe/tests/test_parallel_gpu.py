@@ -24,9 +24,14 @@ SYMMETRIC = {"transport": "symmetric_memory", "max_tokens": 1200}
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def group():
     with LocalGroup(2, device_type="cuda", timeout_s=60) as group:
         yield group
+
+
+@pytest.fixture
+def ranks(group: LocalGroup) -> LocalGroup:
+    return group.renewed()
 
 
 CASES = {
@@ -34,6 +39,7 @@ CASES = {
     "in chunks": ([1000, 1200], {"chunks": 3, "bias": True}),
     "token rounding": ([1000, 1200], {"router": {"method": "token_rounding", "tile_m": 128}, "chunks": 2}),
     "a rank without tokens": ([0, 500], {}),
+    "few tokens": ([1, 4], {}),
     "everyone to one rank": ([300, 400], {"everyone_to": 1}),
 }
 
