@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from testing import measured_tables, transformers_layers
+from testing import measured_tables, parallel_tables, transformers_layers
 from testing.matrix import history
 from testing.matrix.report import machine_text, thiek_text
 from testing.matrix.results import write_atomically
@@ -26,10 +26,10 @@ NO_INPUT_RECORDED = "No wait for input is recorded yet."
 
 
 def speed_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of this library's whole layers beside the GEMM bound; the suites of testing.measure have none."""
+    """Those of this library's whole layers on one GPU beside the GEMM bound; the suites of testing.measure have none."""
     if "suites" in result:
         return []
-    return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms") and "peer" not in cell]
+    return [cell for cell in result["cells"] if cell.get("ratio") and cell.get("ms") and not {"peer", "ranks"} & cell.keys()]
 
 
 def peer_cells(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,12 +55,14 @@ class Tables(NamedTuple):
     """What stands there without any result."""
     apart: Callable[[dict[str, Any]], str] = lambda result: ""
     """Results that differ in this are shown side by side."""
+    together: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda results: results
+    """Makes one result of those that one table is to show."""
 
     def newest(self, folder: Path) -> list[dict[str, Any]]:
         return newest(folder, self.select, self.apart)
 
     def markdown(self, folder: Path) -> str:
-        return "\n".join(self.table(result) for result in self.newest(folder)) or self.none + "\n"
+        return "\n".join(self.table(result) for result in self.together(self.newest(folder))) or self.none + "\n"
 
 
 def newest(
@@ -135,6 +137,14 @@ TABLES = (
     Tables("README.md", speed_cells, _table),
     Tables("docs/peers.md", peer_cells, _peer_table, NO_PEERS_RECORDED, peer_sizes),
     Tables("docs/input.md", input_cells, _input_table, NO_INPUT_RECORDED),
+    Tables(
+        "docs/expert_parallel.md",
+        parallel_tables.select,
+        parallel_tables.table,
+        parallel_tables.NONE_RECORDED,
+        parallel_tables.setup,
+        parallel_tables.together,
+    ),
     Tables("docs/measure.md", measured_tables.select, measured_tables.table, measured_tables.NONE_RECORDED, measured_tables.suites),
     Tables("docs/transformers.md", transformers_layers.select, transformers_layers.table),
 )

@@ -164,6 +164,31 @@ def test_waits_for_input_go_into_their_own_document(place):
     assert readme_tables.NO_INPUT_RECORDED in page.read_text()
 
 
+def test_layers_spread_over_gpus_go_into_one_table_of_their_own(place):
+    place.record("speed", "H100", "2026-03-01", 0.61)
+    cell = {
+        "ranks": 2,
+        "thiek": [64, 32, 16, 8, 2],
+        "routing": "top_k",
+        "transport": "all_to_all",
+        "mode": "forward",
+        "ms": 2.0,
+        "ratio": 0.5,
+    }
+    cell |= {"compute_ms": 1.5, "exposed_ms": 0.5, "exposed_share": 0.25, "exchange_ms": 0.75, "bus_gb_s": 200.4, "bandwidth_ratio": 0.957}
+    judged = {"ranks": 2, "mode": "accuracy", "passed": True}
+    place.record("two", "H100", "2026-01-02", 0.61, cells=[judged, {**cell, "chunks": 2}])
+    place.record("one", "H100", "2026-01-03", 0.61, cells=[{**cell, "chunks": 1}])
+    place.record("older", "H100", "2026-01-01", 0.61, cells=[{**cell, "chunks": 1, "ms": 9.0}])
+    place.record("before", "H100", "2025-01-01", 0.61, cells=[{**cell, "chunks": 4}], commit="a" * 40)
+    _, readme = place()
+    lines = (place.root / "docs" / "expert_parallel.md").read_text().splitlines()
+    row = "| 2 | 64,32,16,8,2 | top_k | all_to_all | {} | forward | 2.00 | 1.50 | 25.0% | 0.75 | 200 | 0.96 | 0.50 |"
+    assert [line for line in lines if line.startswith("| 2")] == [row.format(chunks) for chunks in (1, 2, 4)]
+    assert [line[-11:] for line in lines if line.startswith("H100 ")] == ["2026-01-03:", "2025-01-01:"]
+    assert "all_to_all" not in readme
+
+
 def test_what_is_no_result_is_refused_in_one_line(place, capsys):
     bad = place.root / "results" / "bad.json"
     bad.write_text('{"device": "H100", "cells": []}')
