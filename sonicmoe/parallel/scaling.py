@@ -1,20 +1,27 @@
 """What a training step of one expert-parallel layer costs on G GPUs, by a small model with measured constants as inputs.
 
-``python -m sonicmoe.parallel.scaling`` prints the tables of docs/scaling.md.
+``python -m sonicmoe.parallel.scaling testing/results/*-expert-parallel-*.json`` prints the tables of docs/scaling.md; the recorded
+runs of `sonicmoe bench --expert-parallel` that it is given are set against the model.
 
 The model. Tokens choose their K experts evenly, so that a process with E/W of them gets a token with probability
 ``p = 1 - C(E - E/W, K) / C(E, K)`` and a token travels to (W - 1) p other processes, four times a step: there and back, forward and
 backward. Within a host the copies share the GPU's links, between hosts its share of the network, both at the same time. Of the
 exchange the first chunk's way there and the last one's way back are exposed, and whatever the products are too short to hide; each
-chunk more adds its weight gradients to those before. The gradients of experts that several groups of W processes own are reduced over
-the network under a layer's work; what takes longer than that work is the step.
+chunk more adds its weight gradients to those before. Each use of the layer, and each chunk of it, costs time beside products and
+exchange: the plans of who goes where, the host read, the copies' gathers and sums. The gradients of experts that several groups of W
+processes own are reduced over the network under a layer's work; what takes longer than that work is the step.
 Notation: T tokens of each GPU, H hidden size, I intermediate size, E experts, K experts per token, W processes that share the
 experts, G GPUs in all.
 """
 
+import argparse
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from sonicmoe.thiek import Thiek
 
@@ -31,16 +38,19 @@ class Constants:
     """The model's inputs; ``source`` says for each whether it was measured, and where, or is an assumption."""
 
     products_tflops: float = _constant(
-        564, "measured: forward and backward of the best open layer at 32768,4096,1024,128,8 on one H100 80GB SXM (700 W)"
+        577,
+        "measured: 560, forward and backward of this library's layer at 32768,4096,1024,128,8 on one H100 80GB SXM (700 W), "
+        "and 1/32 more in its partly empty tiles",
     )
     copy_gb_s: float = _constant(3000, "measured: device copy, bytes read and written, on the same GPU")
     host_gb_s: float = _constant(
-        329, "assumption: an all-to-all within a host runs at the bus bandwidth that an all-reduce of 1 GiB had on 2 H100s"
+        229, "measured: exchange alone on 2 H100s at 16384,4096,1024,128,8, its bytes over what 1, 2 and 4 chunks have in common"
     )
     network_gb_s: float = _constant(45, "assumption: one 400 Gb/s card for each GPU, 90% used")
-    journey_us: float = _constant(15, "assumption: one all-to-all within a host, beyond its bytes")
+    journey_us: float = _constant(30, "measured: what each chunk more added to the four journeys there, beyond their bytes")
     peer_us: float = _constant(1.0, "assumption: each process on another host, beyond its bytes")
-    read_us: float = _constant(40, "assumption: planning, counts and the host read of one use of the layer")
+    use_us: float = _constant(2970, "measured: the step without exchange there, beyond products and what grows with chunks")
+    chunk_us: float = _constant(1140, "measured: what each chunk more added to it, beyond products and the addition of weight gradients")
     gpus_per_host: int = _constant(8, "assumption: as HGX H100 has")
     tile_rows: int = _constant(128, "fact: rows of a tile")
 
@@ -73,6 +83,8 @@ class Step:
     """The experts' products, partly empty tiles included."""
     adding: float
     """Of the chunks' weight gradients."""
+    overhead: float
+    """Of the use and its chunks: plans, counts, the host read, the copies' gathers and sums, and the host's time for them."""
     exchange: float
     """All four journeys."""
     exposed: float
@@ -85,7 +97,12 @@ class Step:
 
     @property
     def total(self) -> float:
-        return max(self.products + self.adding + self.exposed, self.reduction)
+        return max(self.compute + self.exposed, self.reduction)
+
+    @property
+    def compute(self) -> float:
+        """Without exchange."""
+        return self.products + self.adding + self.overhead
 
     @property
     def efficiency(self) -> float:
@@ -132,14 +149,15 @@ def predict(thiek: Thiek, setup: Setup, constants: Constants | None = None) -> S
     journey = max(near * row / constants.host_gb_s, far * row / constants.network_gb_s)
     latency = 0.0 if W == 1 else (constants.journey_us + constants.peer_us * (W - within)) / 1e3
     journey_ms = journey + setup.chunks * latency
-    exposed = 0.0 if W == 1 else constants.read_us / 1e3
+    overhead = 0.0 if W == 1 else (constants.use_us + constants.chunk_us * setup.chunks) / 1e3
+    exposed = 0.0
     for products in (forward, 2 * forward + adding):
         there_and_back = 2 * journey_ms
         hidden = there_and_back * (setup.chunks - 1) / setup.chunks
         exposed += there_and_back - hidden + max(0.0, hidden - products)
     replicas = setup.gpus // W
     reduction = 2 * gradients * (replicas - 1) / replicas / constants.network_gb_s if replicas > 1 else 0.0
-    return Step(3 * forward, adding, 4 * journey_ms, exposed, reduction, near, far)
+    return Step(3 * forward, adding, overhead, 4 * journey_ms, exposed, reduction, near, far)
 
 
 def best(thiek: Thiek, setup: Setup, constants: Constants | None = None) -> tuple[Setup, Step]:
@@ -173,27 +191,47 @@ SETUPS = (
 def table(thiek: Thiek, constants: Constants | None = None) -> str:
     """A Markdown table of SETUPS."""
     lines = [
-        "| setup | chunks | products, ms | exchange, ms | exposed, ms | gradients' reduction, ms | step, ms | efficiency |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setup | chunks | products, ms | overhead, ms | exchange, ms | exposed, ms | gradients' reduction, ms | step, ms | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, setup in SETUPS:
         chosen, step = best(thiek, setup, constants)
-        numbers = (step.products, step.exchange, step.exposed, step.reduction, step.total)
+        numbers = (step.products, step.overhead, step.exchange, step.exposed, step.reduction, step.total)
         lines.append(f"| {name} | {chosen.chunks} | {' | '.join(f'{number:.1f}' for number in numbers)} | {step.efficiency:.0%} |")
     return "\n".join(lines)
 
 
-def document() -> str:
+def comparison(results: Sequence[dict[str, Any]], constants: Constants | None = None) -> str:
+    """A Markdown table of recorded training steps, those of the default transport and of top-K, beside the model."""
+    lines = [
+        "| ranks | T,H,I,E,K of a rank | chunks | without exchange, ms | exchange, ms | exposed, ms | step, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cells = [cell for result in results for cell in result["cells"]]
+    for cell in sorted(cells, key=lambda cell: (cell["ranks"], cell.get("chunks", 1))):
+        if (cell["mode"], cell.get("transport"), cell["routing"]) != ("forward+backward", "all_to_all", "top_k"):
+            continue
+        step = predict(Thiek(*cell["thiek"]), Setup(gpus=cell["ranks"], expert=cell["ranks"], chunks=cell["chunks"]), constants)
+        pairs = ((step.compute, "compute_ms"), (step.exchange, "exchange_ms"), (step.exposed, "exposed_ms"), (step.total, "ms"))
+        numbers = " | ".join(f"{says:.1f} / {cell[name]:.1f}" for says, name in pairs)
+        lines.append(f"| {cell['ranks']} | {Thiek(*cell['thiek'])} | {cell['chunks']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def document(results: Sequence[dict[str, Any]]) -> str:
     """The generated part of docs/scaling.md."""
     inputs = [f"| {name} | {value:g} | {source} |" for name, value, source in Constants().sources()]
     parts = ["\n".join(["| input | value | where it comes from |", "|---|---|---|", *inputs])]
+    parts.append(f"The model / what was measured (`testing/results/`), forward and backward:\n\n{comparison(results)}")
     parts += [f"T,H,I,E,K = {thiek} on each GPU:\n\n{table(thiek)}" for thiek in SHAPES]
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """Print it."""
-    print(document())
+    parser = argparse.ArgumentParser(prog="python -m sonicmoe.parallel.scaling", description="The tables of docs/scaling.md.")
+    parser.add_argument("results", nargs="*", type=Path, help="recorded runs of sonicmoe bench --expert-parallel")
+    print(document([json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().results]))
 
 
 if __name__ == "__main__":
