@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from cute_runtime import host_code
 from cute_runtime.objects import FUNCTION, CorruptObjectError, object_name, split_object, write_object
-from cute_runtime.sources import ARCH, COMPILER, compiler_version, key, project_packages, sources
+from cute_runtime.sources import ARCH, COMPILER, compiler_version, is_host_code, key, project_packages, sources
 from cute_runtime.variant import Variant
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -53,7 +54,8 @@ def build(variant: Variant, out_dir: str | os.PathLike) -> Path:
     if _is_current(path, variant_key):
         return path
     with tempfile.TemporaryDirectory(prefix="cute_runtime.") as scratch:
-        shared_object = run_compile_step(variant, Path(scratch), out_dir / f"{variant.name}.log")
+        compile_step = _run_host_compile_step if is_host_code(variant.kernel) else run_compile_step
+        shared_object = compile_step(variant, Path(scratch), out_dir / f"{variant.name}.log")
     facts = {"variant": variant, "key": variant_key, "compiler": f"{COMPILER} {compiler}", "arch": ARCH, "sources": digests}
     try:
         write_object(path, shared_object, **facts)
@@ -116,6 +118,17 @@ def _is_current(path: Path, variant_key: str) -> bool:
         return split_object(path)[0].key == variant_key
     except (FileNotFoundError, CorruptObjectError):
         return False
+
+
+def _run_host_compile_step(variant: Variant, scratch: Path, log: Path) -> bytes:
+    """As run_compile_step for host code, which is the C compiler's alone."""
+    _, cc = tools()
+    output = scratch / "host.so"
+    result = subprocess.run(host_code.command(variant, cc, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        log.write_bytes(result.stdout)
+        raise KernelCompileError(variant, log)
+    return output.read_bytes()
 
 
 def run_compile_step(variant: Variant, scratch: Path, log: Path, emulator: Mapping[str, str] | None = None) -> bytes:

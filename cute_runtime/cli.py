@@ -16,6 +16,7 @@ from cute_runtime.builder import KernelCompileError, MissingToolError, build_all
 from cute_runtime.discover import prebuilt_folders, prebuilt_variants
 from cute_runtime.objects import CorruptObjectError
 from cute_runtime.resources import Resources, cuobjdump, read_resources
+from cute_runtime.sources import is_host_code
 from cute_runtime.variant import Variant
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _read_all(paths: list[Path], jobs: int, console: "Console") -> list[Resources]:
-    """The resources of many objects, ``jobs`` at a time; nearly all of it is the disassembler's time."""
+    """The resources of many objects, ``jobs`` at a time; nearly all of it is the disassembler's time. Host code has none."""
+    paths = [path for path in paths if not is_host_code(Variant.from_name(path.stem).kernel)]
     with _progress("reading", len(paths), console) as advance, ThreadPoolExecutor(jobs) as pool:
         found = []
         for path, functions in zip(paths, pool.map(read_resources, paths), strict=True):

@@ -49,7 +49,8 @@ def prebuilt_folders(kernel: str) -> list[Path]:
     package (the wheel).
     """
     folders = [Path(folder) for folder in os.environ.get(KERNELS_VARIABLE, "").split(os.pathsep) if folder]
-    module = source_path(kernel.replace(".", "/") + ".py")
+    path = kernel.replace(".", "/")
+    module = source_path(f"{path}.py") or source_path(f"{path}.c")
     if module:
         folders.append(module.parent / "prebuilt")
     folders.append(Path(__file__).with_name("prebuilt"))

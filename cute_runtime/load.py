@@ -10,7 +10,7 @@ from pathlib import Path
 from cute_runtime.cache import NOT_USED, cache_folder, cached_or_built
 from cute_runtime.discover import KERNELS_VARIABLE, prebuilt_folders
 from cute_runtime.objects import FUNCTION, CorruptObjectError, object_name, split_object
-from cute_runtime.sources import COMPILER, changed_sources, compiler_version
+from cute_runtime.sources import COMPILER, changed_sources, compiler_version, is_host_code
 from cute_runtime.variant import Variant
 
 _log = logging.getLogger("cute_runtime")
@@ -41,7 +41,7 @@ def load(variant: Variant) -> Callable[..., None]:
         with _lock:
             function = _loaded.get(variant)
             if function is None:
-                function = _loaded[variant] = _open(find(variant))
+                function = _loaded[variant] = _open(find(variant), gpu=not is_host_code(variant.kernel))
     return function
 
 
@@ -76,22 +76,30 @@ def find(variant: Variant) -> Path:
     return cached_or_built(variant, passed_over)
 
 
-def _open(path: Path) -> Callable[..., None]:
-    _share_runtime_libraries()
+def _open(path: Path, *, gpu: bool) -> Callable[..., None]:
+    if gpu:
+        _share_cuda_runtime()
+    _share_tvm_ffi()
     import tvm_ffi
 
     return tvm_ffi.load_module(str(path))[FUNCTION]
 
 
 @functools.cache
-def _share_runtime_libraries() -> None:
-    """Kernel objects name functions of libtvm_ffi and libcudart; make this process's own copies visible to them."""
-    import torch
+def _share_tvm_ffi() -> None:
+    """Objects name functions of libtvm_ffi; make this process's own copy visible to them."""
     import tvm_ffi
+
+    ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi(), ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _share_cuda_runtime() -> None:
+    """The same for libcudart, which kernel objects name besides."""
+    import torch
 
     torch.cuda.init()
     libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart" in line]
     if not libraries:
         raise RuntimeError(f"torch {torch.__version__} has not loaded libcudart: kernels need a torch built with CUDA")
-    for library in (tvm_ffi.libinfo.find_libtvm_ffi(), libraries[0]):
-        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(libraries[0], ctypes.RTLD_GLOBAL)

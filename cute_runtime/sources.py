@@ -1,8 +1,9 @@
 """What a kernel is made of: its source files, and the key that changes when the compiled kernel could.
 
 A kernel's sources are its module, the project modules that it imports (found by parsing, nothing is executed) and this package's
-compile step. Packages' ``__init__.py`` do not count, because the compile step does not run them: a kernel imports modules by
-their full path, so that a change elsewhere in its package does not rebuild it.
+compile step; those of host code are its C file and the module that compiles it. Packages' ``__init__.py`` do not count, because the
+compile step does not run them: a kernel imports modules by their full path, so that a change elsewhere in its package does not rebuild
+it.
 """
 
 import ast
@@ -26,6 +27,7 @@ PROJECT_PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe", "testing"
 _parsing = threading.Lock()
 
 _COMPILE_STEP = ("cute_runtime/compile_worker.py", "cute_runtime/shim.c")
+_HOST_COMPILE_STEP = ("cute_runtime/host_code.py",)
 
 
 def project_packages(variant: Variant) -> set[str]:
@@ -49,6 +51,11 @@ def source_path(name: str) -> Path | None:
     return path if path and path.is_file() else None
 
 
+def is_host_code(kernel: str) -> bool:
+    """Whether a kernel module is a C file, built and loaded like a kernel but without code for a GPU."""
+    return source_path(kernel.replace(".", "/") + ".c") is not None
+
+
 def sources(variant: Variant) -> dict[str, str]:
     """SHA-256 of every source file, by its path from the packages' root.
 
@@ -56,10 +63,13 @@ def sources(variant: Variant) -> dict[str, str]:
         ValueError: there is no such kernel module.
     """
     first = variant.kernel.replace(".", "/") + ".py"
-    if source_path(first) is None:
+    steps = _COMPILE_STEP
+    if is_host_code(variant.kernel):
+        first, steps = first.removesuffix("py") + "c", _HOST_COMPILE_STEP
+    elif source_path(first) is None:
         raise ValueError(f"kernel={variant.kernel!r}: there is no module {first} on the import path")
     packages = project_packages(variant)
-    found, waiting = {}, [first, *_COMPILE_STEP]
+    found, waiting = {}, [first, *steps]
     while waiting:
         name = waiting.pop()
         path = source_path(name)
@@ -67,7 +77,7 @@ def sources(variant: Variant) -> dict[str, str]:
             continue
         content = path.read_bytes()
         found[name] = hashlib.sha256(content).hexdigest()
-        if name not in _COMPILE_STEP:
+        if name not in steps and name.endswith(".py"):
             waiting += [imported for imported in _imports(name, content) if imported.partition("/")[0] in packages]
     return dict(sorted(found.items()))
 

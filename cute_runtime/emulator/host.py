@@ -8,6 +8,7 @@ from unittest import mock
 
 import cute_runtime
 from cute_runtime import checks
+from cute_runtime.emulator.native import native
 from cute_runtime.emulator.run import Statistics, launch
 from cute_runtime.variant import Variant
 
@@ -73,6 +74,7 @@ def _loader(real_load: Callable[[Variant], Callable[..., None]]) -> Callable[[Va
             else:
                 _active["statistics"] += launch(variant, *arguments, **_active["options"])
 
+        kernel.native = native(kernel)
         return kernel
 
     return load

@@ -201,7 +201,7 @@ def test_compiler_version_is_none_where_it_is_not_installed(monkeypatch):
 def test_kernel_is_opened_once_per_process(variant, tmp_path, monkeypatch):
     path = put(tmp_path / "prebuilt", variant)
     opened = []
-    monkeypatch.setattr(finder, "_open", lambda path: opened.append(path) or (lambda: "launched"))
+    monkeypatch.setattr(finder, "_open", lambda path, gpu: opened.append(path) or (lambda: "launched"))
     assert [load(variant)(), load(Variant("toy.kernels.gemm", {"tile": 128}))()] == ["launched", "launched"]
     assert opened == [path]
 
