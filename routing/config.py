@@ -1,5 +1,6 @@
 """A router's settings in one place."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,11 @@ class RouterConfig:
     tile_m: int = 128
     """Used by token_rounding, as is mode."""
     mode: str = "nearest"
+
+    @functools.cached_property
+    def choice(self) -> tuple[int, str, bool, float, int, int, str]:
+        """What top_k's kernel is told, in its order: k, scoring, renormalize, scale, num_groups, groups_per_token, group_score."""
+        return self.k, self.scoring, self.renormalize, self.scale, self.num_groups, self.groups_per_token, self.group_score
 
     def validate(self, num_experts: int) -> None:
         """Raise ValueError for what no logits (T, num_experts) could be routed with."""

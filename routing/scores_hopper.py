@@ -70,19 +70,18 @@ def slot_scores_grad(
         return logits_grad
     if expert_index.shape[0] == 0:
         return logits_grad.zero_()
-    divides = renormalize and scoring != "softmax_topk"
+    kernel, numbers = grad_launch_of(logits.dtype, token_offsets is None, slots_per_token, scoring, renormalize, scale)
     with cute_runtime.on_device(logits.device):
-        _grad_kernel(logits.dtype, token_offsets is None, scoring)(
-            logits.contiguous(),
-            expert_index,
-            token_offsets,
-            score_grad.float().contiguous(),
-            logits_grad,
-            slots_per_token,
-            int(divides),
-            scale,
-        )
+        kernel(logits.contiguous(), expert_index, token_offsets, score_grad.float().contiguous(), logits_grad, *numbers)
     return logits_grad
+
+
+def grad_launch_of(
+    dtype: torch.dtype, uniform: bool, slots_per_token: int, scoring: str, renormalize: bool, scale: float
+) -> tuple[Callable[..., None], tuple[int, int, float]]:
+    """The kernel, launched as (logits, expert_index, token_offsets | None, score_grad, logits_grad, *numbers), and its numbers."""
+    divides = renormalize and scoring != "softmax_topk"
+    return _grad_kernel(dtype, uniform, scoring), (slots_per_token, int(divides), float(scale))
 
 
 @fake(slot_scores_grad)

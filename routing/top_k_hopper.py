@@ -36,27 +36,12 @@ def top_k_hopper(
         raise ValueError(f"logits: shape {tuple(logits.shape)}: T * k={num_tokens * k} must be at most {cute_runtime.INT32_ELEMENTS}")
     token_index, expert_index, score = _outputs(logits, k)
     if num_tokens:
-        by = "logit"
         if selection_bias is not None:
-            by, selection_bias = "bias", selection_bias.float().contiguous()
-        elif scoring != "softmax_topk" and num_groups > 1 and group_score == "top2":
-            by = "score"
-        divides = renormalize and scoring != "softmax_topk"
+            selection_bias = selection_bias.float().contiguous()
+        settings = (k, scoring, renormalize, scale, num_groups, groups_per_token, group_score)
+        kernel, numbers = launch_of(logits.dtype, logits.shape[1], selection_bias is not None, *settings)
         with cute_runtime.on_device(logits.device):
-            _kernel(logits.dtype, scoring, by)(
-                logits.contiguous(),
-                selection_bias,
-                token_index,
-                expert_index,
-                score,
-                k,
-                num_groups,
-                logits.shape[1] // num_groups,
-                groups_per_token,
-                int(group_score == "top2"),
-                int(divides),
-                scale,
-            )
+            kernel(logits.contiguous(), selection_bias, token_index, expert_index, score, *numbers)
     return token_index, expert_index, score
 
 
@@ -96,6 +81,30 @@ def _backward(ctx, token_index_grad: None, expert_index_grad: None, score_grad: 
 
 
 differentiable(top_k_hopper, _backward, _setup_context)
+
+
+@functools.lru_cache(maxsize=1024)
+def launch_of(
+    dtype: torch.dtype,
+    num_experts: int,
+    biased: bool,
+    k: int,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+    num_groups: int,
+    groups_per_token: int,
+    group_score: str,
+) -> tuple[Callable[..., None], tuple[int | float, ...]]:
+    """The kernel, launched as (logits, selection_bias | None, token_index, expert_index, score, *numbers), and its numbers."""
+    by = "logit"
+    if biased:
+        by = "bias"
+    elif scoring != "softmax_topk" and num_groups > 1 and group_score == "top2":
+        by = "score"
+    divides = renormalize and scoring != "softmax_topk"
+    numbers = (k, num_groups, num_experts // num_groups, groups_per_token, int(group_score == "top2"), int(divides), float(scale))
+    return _kernel(dtype, scoring, by), numbers
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def routed_experts(
     return _forward(*differentiable, *indices, *options, False)[0]
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """Which of the differentiable inputs need a gradient."""
 
     x: bool
@@ -90,7 +90,7 @@ class _Needs(NamedTuple):
     def z(self) -> bool:
         return self.dz or self.w_down or self.score
 
-    def without(self, main_up: torch.Tensor | None, main_down: torch.Tensor | None) -> "_Needs":
+    def without(self, main_up: torch.Tensor | None, main_down: torch.Tensor | None) -> "Needs":
         """What is left to return where weights' gradients are added to buffers."""
         return self._replace(w_up=self.w_up and main_up is None, w_down=self.w_down and main_down is None)
 
@@ -98,7 +98,7 @@ class _Needs(NamedTuple):
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_up, w_down, b_up, b_down, score, indices, options, main_grads):
-        needs = _Needs(*ctx.needs_input_grad[:6])
+        needs = Needs(*ctx.needs_input_grad[:6])
         out, plan, *z = _forward(x, w_up, w_down, b_up, b_down, score, *indices, *options, True, store_z=needs.z)
         ctx.save_for_backward(
             z[0] if z else None,
@@ -114,24 +114,32 @@ class _RoutedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        needs = _Needs(*ctx.needs_input_grad[:6])
+        needs = Needs(*ctx.needs_input_grad[:6])
         arguments = (dout.contiguous(), *ctx.saved_tensors, *ctx.sizes, *ctx.options, list(needs))
-        if is_direct(arguments) and not (torch.is_grad_enabled() or _graph_is_kept()):
-            return *_gradients(*arguments, *ctx.main_grads, overwrite_z=True), None, None, None
         if ctx.main_grads == (None, None):
-            gradients = iter(_backward(*arguments))
-        elif torch.is_grad_enabled():
+            return *gradients(*arguments), None, None, None
+        if is_direct(arguments) and overwrites():
+            return *_gradients(*arguments, *ctx.main_grads, overwrite_z=True), None, None, None
+        if torch.is_grad_enabled():
             raise NotImplementedError("routed_experts: second derivatives (create_graph=True) are not available with main_grads")
-        else:
-            added = _backward_adding(*arguments, *ctx.main_grads)
-            needs = needs.without(*ctx.main_grads)
-            gradients = (gradient for gradient, needed in zip(added, needs, strict=True) if needed)
-        return *(next(gradients) if needed else None for needed in needs), None, None, None
+        added = _backward_adding(*arguments, *ctx.main_grads)
+        needs = needs.without(*ctx.main_grads)
+        return *(gradient if needed else None for gradient, needed in zip(added, needs, strict=True)), None, None, None
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward that runs may run again (retain_graph=True), so that what was saved must stay as it is."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+def gradients(*arguments) -> tuple[torch.Tensor | None, ...]:
+    """All gradients in the order of Needs, None where none is needed. The arguments are those of `_backward`, in a backward: z is
+    overwritten where this one is the graph's last."""
+    if is_direct(arguments) and overwrites():
+        return _gradients(*arguments, overwrite_z=True)
+    found = iter(_backward(*arguments))
+    return tuple(next(found) if needed else None for needed in arguments[-1])
+
+
+def overwrites() -> bool:
+    """Whether the backward that runs may overwrite what was saved: it is not itself differentiated, and will not run again, as it may
+    with retain_graph=True."""
+    return not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 @operator("sonicmoe::routed_experts")
@@ -182,13 +190,13 @@ def _gradients(
     dout, z, x, w_up, w_down, b_down, score, packed, num_tokens, num_experts, slots_per_token, activation, gate_up_layout, backend,
     needs, main_up=None, main_down=None, overwrite_z=False,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """The body of the two operators below, whose arguments these are: all gradients in the order of _Needs, None where there is none.
+    """The body of the two operators below, whose arguments these are: all gradients in the order of Needs, None where there is none.
 
     With ``overwrite_z`` dz takes z's memory: beside the gradients there are then never more than one (R, Z) and one (R, H), or
     an (R, Z) and an (R, I).
     """
     plan = dispatch.unpack(packed, score.shape[0], num_tokens, num_experts, slots_per_token)
-    need = _Needs(*needs)
+    need = Needs(*needs)
     operations = backends.load(backend)
     dx = dw_up = dw_down = db_up = db_down = dscore = dz = scaled_a = None
     with without_autocast(dout.device):
@@ -239,7 +247,7 @@ def _backward(
     backend: str,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    """The gradients that ``needs`` (see _Needs) asks for, in its order. Inputs that they do not depend on may be None."""
+    """The gradients that ``needs`` (see Needs) asks for, in its order. Inputs that they do not depend on may be None."""
     return [gradient for gradient, needed in zip(_gradients(**locals()), needs, strict=True) if needed]
 
 
@@ -299,5 +307,5 @@ def _backward_adding(
 @fake(_backward_adding)
 def _(*arguments):
     *arguments, needs, main_up, main_down = arguments
-    gradients = _fake_gradients(*arguments, _Needs(*needs).without(main_up, main_down))
+    gradients = _fake_gradients(*arguments, Needs(*needs).without(main_up, main_down))
     return tuple(arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients)

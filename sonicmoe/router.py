@@ -79,7 +79,7 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @operator("sonicmoe::router_logits_grad")
-def _logits_grad(
+def router_logits_grad(
     dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx (T, H) and dweight (E, H); an empty tensor for what is not needed."""
@@ -106,7 +106,7 @@ def _paired_grad(
     return dx, dweight
 
 
-@fake(_logits_grad)
+@fake(router_logits_grad)
 def _(dlogits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
@@ -117,9 +117,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dlogits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     needs = ctx.needs_input_grad
-    gradients = _logits_grad(dlogits, *ctx.saved_tensors, *needs)
+    gradients = router_logits_grad(dlogits, *ctx.saved_tensors, *needs)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 differentiable(_logits, _backward, _setup_context)
-not_differentiable(_logits_grad, "router_logits")
+not_differentiable(router_logits_grad, "router_logits")

@@ -56,9 +56,8 @@ def activation_backward(
     Raises:
         TypeError, ValueError: a tensor that the kernels cannot take as they are, in one sentence, before any work.
     """
-    gated = is_gated(activation)
     rows, width = z.shape
-    columns = width // 2 if gated else width
+    columns = width // 2 if is_gated(activation) else width
     weights = score.float()
     if not (need_dz or need_dscore):
         scaled_a = weights[plan.row_to_slot].unsqueeze(1) * activate(z.float(), activation, gate_up_layout) if need_scaled_a else None
@@ -70,25 +69,14 @@ def activation_backward(
     cute_runtime.check_launch(
         alignment=4, dout=dout, score=weights, offsets=plan.offsets, row_to_token=plan.row_to_token, row_to_slot=plan.row_to_slot
     )
-    tile = activation_backward_tile(columns=columns)
     dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
     scaled_a = z.new_empty(rows, columns) if need_scaled_a else None
-    partial = weights.new_empty(-(-columns // tile.n), rows) if need_dscore else None
+    partial = weights.new_empty(partial_lines(columns), rows) if need_dscore else None
     dscore = torch.empty_like(weights) if need_dscore else None
     if rows == 0:
         return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
-    kernel = _kernel(
-        variants.activation_backward(
-            tile=tile,
-            dtype=DTYPES[dout.dtype],
-            activation=activation,
-            interleaved=gated and gate_up_layout == "interleaved",
-            dz=need_dz,
-            dscore=need_dscore,
-            scaled_a=need_scaled_a,
-            transposed=transposed,
-        )
-    )
+    wanted = {"dz": need_dz, "dscore": need_dscore, "scaled_a": need_scaled_a}
+    kernel = activation_backward_kernel(columns, dout.dtype, activation, gate_up_layout, transposed=transposed, **wanted)
     with cute_runtime.on_device(dout.device):
         kernel(
             dout,
@@ -107,7 +95,7 @@ def activation_backward(
         if need_dscore:
             bias = b_down is not None
             bias_arguments = (dout, b_down, plan.offsets, plan.row_to_token) if bias else (None, None, None, None)
-            _kernel(variants.score_grad(dtype=DTYPES[dout.dtype], bias=bias))(partial, plan.slot_to_row, *bias_arguments, dscore)
+            score_grad_kernel(dout.dtype, bias)(partial, plan.slot_to_row, *bias_arguments, dscore)
     return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
 
 
@@ -152,11 +140,9 @@ def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.T
     out = dz.new_empty(rows, w_up.shape[2])
     if rows == 0:
         return out
-    tile = dx_tile(rows=rows, experts=w_up.shape[0])
+    kernel = dx_rows_kernel(rows, w_up.shape[0], dz.dtype, transposed)
     with cute_runtime.on_device(dz.device):
-        _kernel(variants.dx_rows(tile=tile, dtype=DTYPES[dz.dtype], transposed=transposed))(
-            dz, stored, plan.offsets, tickets(plan), out, blocks(dz.device)
-        )
+        kernel(dz, stored, plan.offsets, tickets(plan), out, blocks(dz.device))
     return out
 
 
@@ -176,10 +162,9 @@ def _weight_grad(
     if rows.shape[0] == 0:
         return tokens.new_zeros(shape) if add_to is None else None
     out = tokens.new_empty(shape) if add_to is None else add_to
-    tile = weight_grad_tile()
-    variant = variants.weight_grad(tile=tile, dtype=DTYPES[tokens.dtype], transposed=transposed, add=add_to is not None)
+    kernel = weight_grad_kernel(tokens.dtype, transposed, add_to is not None)
     with cute_runtime.on_device(tokens.device):
-        _kernel(variant)(tokens, rows, plan.offsets, tickets(plan), plan.row_to_token, out, blocks(tokens.device))
+        kernel(tokens, rows, plan.offsets, tickets(plan), plan.row_to_token, out, blocks(tokens.device))
     return out if add_to is None else None
 
 
@@ -192,8 +177,44 @@ def _bias_grad(rows: torch.Tensor, plan: DispatchPlan, score: torch.Tensor | Non
     gathered = score is not None
     indices = (plan.row_to_token, plan.row_to_slot, score) if gathered else (None, None, None)
     with cute_runtime.on_device(rows.device):
-        _kernel(variants.bias_grad(dtype=DTYPES[rows.dtype], gathered=gathered))(rows, plan.offsets, *indices, out)
+        bias_grad_kernel(rows.dtype, gathered)(rows, plan.offsets, *indices, out)
     return out
+
+
+def activation_backward_kernel(
+    columns: int, dtype: torch.dtype, activation: str, gate_up_layout: str, *, transposed: bool = False, **wanted: bool
+) -> Callable[..., None]:
+    """(dout, w_down, z, score, offsets, tickets, row_to_token, row_to_slot, dz | None, scaled_a | None, partial | None, blocks), where
+    partial has a line for each of the tile's columns and ``wanted`` is dz, dscore, scaled_a."""
+    interleaved = is_gated(activation) and gate_up_layout == "interleaved"
+    tile = activation_backward_tile(columns=columns)
+    options = {"dtype": DTYPES[dtype], "activation": activation, "interleaved": interleaved, "transposed": transposed}
+    return _kernel(variants.activation_backward(tile=tile, **options, **wanted))
+
+
+def partial_lines(columns: int) -> int:
+    """Lines of activation_backward's partial sums for I=columns."""
+    return -(-columns // activation_backward_tile(columns=columns).n)
+
+
+def score_grad_kernel(dtype: torch.dtype, bias: bool) -> Callable[..., None]:
+    """(partial, slot_to_row, then with ``bias`` dout, b_down, offsets, row_to_token, else four None, dscore)."""
+    return _kernel(variants.score_grad(dtype=DTYPES[dtype], bias=bias))
+
+
+def weight_grad_kernel(dtype: torch.dtype, transposed: bool, add: bool = False) -> Callable[..., None]:
+    """(tokens, rows, offsets, tickets, row_to_token, out, blocks), ``transposed`` for dw_up."""
+    return _kernel(variants.weight_grad(tile=weight_grad_tile(), dtype=DTYPES[dtype], transposed=transposed, add=add))
+
+
+def bias_grad_kernel(dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
+    """(rows, offsets, then for db_down, ``gathered``, row_to_token, row_to_slot, score, else three None, out)."""
+    return _kernel(variants.bias_grad(dtype=DTYPES[dtype], gathered=gathered))
+
+
+def dx_rows_kernel(rows: int, experts: int, dtype: torch.dtype, transposed: bool = False) -> Callable[..., None]:
+    """(dz, w_up, offsets, tickets, out, blocks)."""
+    return _kernel(variants.dx_rows(tile=dx_tile(rows=rows, experts=experts), dtype=DTYPES[dtype], transposed=transposed))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The variants of this package's kernels, by the parameters of their ``trace``, and those that are built beforehand."""
 
+import functools
 from itertools import product
 
 from cute_runtime import Variant
@@ -34,6 +35,7 @@ def down_projection(*, tile: Tile, dtype: str, bias: bool, transposed: bool = Fa
     return Variant("sonicmoe.kernels.down_projection", {"tile": tile.name, "dtype": dtype, "bias": bias} | _stored(transposed))
 
 
+@functools.cache  # asked for in every backward; making a Variant takes ten microseconds
 def activation_backward(
     *, tile: Tile, dtype: str, activation: str, interleaved: bool, dz: bool, dscore: bool, scaled_a: bool, transposed: bool = False
 ) -> Variant:
@@ -53,11 +55,13 @@ def activation_backward(
     )
 
 
+@functools.cache
 def score_grad(*, dtype: str, bias: bool) -> Variant:
     """kernels/score_grad.py: dtype of dout and b_down, which count only with ``bias``."""
     return Variant("sonicmoe.kernels.score_grad", {"dtype": dtype if bias else "bfloat16", "bias": bias})
 
 
+@functools.cache
 def weight_grad(*, tile: Tile, dtype: str, transposed: bool, add: bool = False) -> Variant:
     """kernels/weight_grad.py: transposed for dw_up, not for dw_down; add into a float32 buffer, or store in ``dtype``."""
     return Variant(
@@ -66,11 +70,13 @@ def weight_grad(*, tile: Tile, dtype: str, transposed: bool, add: bool = False) 
     )
 
 
+@functools.cache
 def bias_grad(*, dtype: str, gathered: bool) -> Variant:
     """kernels/bias_grad.py: gathered for db_down, not for db_up."""
     return Variant("sonicmoe.kernels.bias_grad", {"dtype": dtype, "gathered": gathered})
 
 
+@functools.cache
 def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
     """kernels/dx_rows.py."""
     return Variant("sonicmoe.kernels.dx_rows", {"tile": tile.name, "dtype": dtype} | _stored(transposed))

@@ -80,7 +80,7 @@ def test_operators_pass_the_checks_of_torch_library():
     torch.library.opcheck(router._logits.op, (x, weight))
     with torch.no_grad():
         for needs in ((True, True), (False, True)):
-            torch.library.opcheck(router._logits_grad.op, (draw(5, E), x.detach(), weight.detach(), *needs))
+            torch.library.opcheck(router.router_logits_grad.op, (draw(5, E), x.detach(), weight.detach(), *needs))
 
 
 def test_traced_code_holds_one_operator():

@@ -18,7 +18,14 @@ from testing.matrix.route import route
 MATRIX = load_matrix()
 CACHES = (
     *(plan_hopper.uniform_launch, plan_hopper._load_plan_few, plan_hopper._load_place, plan_hopper._load_keys, plan_hopper._load_bounds),
-    *(gather_sum_hopper.kernel, top_k_hopper._kernel, rounding_hopper._kernel, scores_hopper._scores_kernel, scores_hopper._grad_kernel),
+    *(
+        gather_sum_hopper.kernel,
+        top_k_hopper._kernel,
+        top_k_hopper.launch_of,
+        rounding_hopper._kernel,
+        scores_hopper._scores_kernel,
+        scores_hopper._grad_kernel,
+    ),
     *(chunk_counts.multiprocessors, count_hopper._kernel),
 )
 
