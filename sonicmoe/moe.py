@@ -11,7 +11,7 @@ from torch import nn
 
 from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
 from routing.recomputed import Origin
-from sonicmoe import validation
+from sonicmoe import at_once, validation
 from sonicmoe.activations import is_gated
 from sonicmoe.experts import routed_experts
 from sonicmoe.router import Router
@@ -162,8 +162,11 @@ class MoE(nn.Module):
         ``shared_expert`` maps all tokens (T, H) to (T, H), which is added to the output. Where the experts are spread over
         processes it runs while tokens travel.
         """
-        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must be (..., {self.hidden_size})")
+        shape = x.shape
+        if not shape or shape[-1] != self.hidden_size:
+            raise ValueError(f"x has shape {tuple(shape)}: must be (..., {self.hidden_size})")
+        if not return_router and shared_expert is None and (out := at_once.output(self, x)) is not None:
+            return out
         # Each access to a parameter of a module takes half a microsecond: one each.
         w_up, w_down, b_up, b_down, router = self.w_up, self.w_down, self.b_up, self.b_down, self.router
         device_type = x.device.type

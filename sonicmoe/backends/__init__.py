@@ -42,6 +42,11 @@ def fused_forward(backend: str) -> Callable[..., tuple | None] | None:
     return None if _one_by_one else getattr(load(backend), "forward", None)
 
 
+def is_one_by_one() -> bool:
+    """Whether the caller is inside of `one_by_one`."""
+    return _one_by_one > 0
+
+
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
     """Every operation is called by itself inside, so that one of them can be timed or replaced."""

@@ -13,7 +13,8 @@ from cute_runtime import emulator
 from dispatch.chunk_counts import multiprocessors
 from dispatch.kernels.sizes import TICKETS
 from routing import Routing
-from sonicmoe import accuracy, backends, oracle, routed_experts
+from routing import hopper as routing_hopper
+from sonicmoe import MoE, accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate
 from sonicmoe.backends import hopper, hopper_backward
 from sonicmoe.kernels import variants
@@ -27,6 +28,7 @@ from sonicmoe.tests.backward_cases import (
     check_weight_grads,
     poison_new_tensors,
 )
+from sonicmoe.tests.stand_ins import CACHES
 
 SIZES = (136, 72, 100, [5, 1, 0, 200, 64, 0, 130])
 """H, I, T and the experts' rows: none, one, a whole block of 64, tails; H and I end within a stage and a tile."""
@@ -176,6 +178,32 @@ def test_forward_takes_interleaved_weights_stored_with_their_last_dimensions_exc
         return a, z
 
     in_every_order(check)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_layer_at_once_has_the_bits_of_its_operations_one_by_one(monkeypatch, seed):
+    """With parts of one allocation in place of tensors: nothing reads what is not written yet, or what another part has become."""
+    for cache in CACHES:
+        cache.cache_clear()
+    monkeypatch.setattr(backends, "is_hopper", lambda device: True)
+    monkeypatch.setattr(routing_hopper, "is_hopper", lambda device: True)
+    torch.manual_seed(seed)
+    layer, x = MoE(40, 24, 5, 2, bias=True, dtype=torch.bfloat16), torch.randn(70, 40).bfloat16().requires_grad_()
+
+    def run():
+        out = layer(x)
+        return [out, *torch.autograd.grad((out.float() * out.detach().float().cos()).sum(), [x, *layer.parameters()])]
+
+    with emulator.emulation(seed=seed) as launches:
+        got = run()
+        assert [len(launches), type(got[0].grad_fn).__name__] == [14, "_LayerBackward"]
+        with torch.no_grad():
+            inference = layer(x)
+    with emulator.emulation(), backends.one_by_one():
+        want = run()
+    assert all(torch.equal(one, other) for one, other in zip([*got, inference], [*want, want[0]], strict=True))
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["", "graph_kept"])

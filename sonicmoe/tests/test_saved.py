@@ -1,6 +1,7 @@
 """What a layer keeps of its routing for backward: nothing of size (T, E), with the gradients that it would have if it did."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from routing import RouterConfig, hopper, scores_hopper, top_k, top_k_hopper
 from sonicmoe import MoE
 from sonicmoe.memory import saved_mib
 from sonicmoe.router import Router
+from sonicmoe.tests.stand_ins import StandIns
 
 T, H, I, E, K = 96, 16, 8, 64, 4
 
@@ -154,27 +156,15 @@ def kernels(monkeypatch):
         return kernel
 
     def gradient(dtype, uniform, scoring):
-        def kernel(logits, expert_index, token_offsets, score_grad, logits_grad, k, divides, scale):
-            chosen, grad = expert_index.view(-1, k).long(), score_grad.view(-1, k) * scale
-            if scoring == "softmax_topk":
-                score = logits.gather(1, chosen).softmax(1)
-                logits_grad.zero_().scatter_(1, chosen, score * (grad - (grad * score).sum(1, keepdim=True)))
-                return
-            scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(1)
-            if divides:
-                score = scores.gather(1, chosen)
-                total = score.sum(1, keepdim=True)
-                grad = (grad - (grad * score / total).sum(1, keepdim=True)) / total
-            grad = torch.zeros_like(scores).scatter_(1, chosen, grad)
-            slope = grad * (1 - scores) if scoring == "sigmoid" else grad - (grad * scores).sum(1, keepdim=True)
-            logits_grad.copy_(scores * slope)
-
-        return kernel
+        return partial(StandIns().slot_scores_grad, {"scoring": scoring})
 
     monkeypatch.setattr(hopper, "supports", lambda *_: True)
     monkeypatch.setattr(cute_runtime, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(top_k_hopper, "_kernel", top)
     monkeypatch.setattr(scores_hopper, "_grad_kernel", gradient)
+    top_k_hopper.launch_of.cache_clear()
+    yield
+    top_k_hopper.launch_of.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["softmax", "renormalized", "softmax_topk", "sigmoid"])

@@ -1,0 +1,178 @@
+"""The usual case of `sonicmoe.MoE`: eager, on an sm_90 GPU, top-K routing, all experts here. The router's product, then one call.
+
+A layer takes this path where nothing but itself has a say in what happens between its input and its output; the conditions are those of
+`output`. It is a shorter way to the same kernels, not another backend: the values have the same bits, and what no kernel takes is left to
+the general path, which refuses it in its own words.
+Notation: T tokens, H hidden size, E experts, K experts per token, R rows, Z = 2I for a gated activation, else I.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+
+import cute_runtime
+from dispatch import debug
+from dispatch.operators import is_direct, needs_gradient
+from routing import RouterConfig, linalg
+from routing.scores_hopper import slot_scores_grad_again
+from sonicmoe import backends, experts
+from sonicmoe.router import Router, router_logits_grad
+
+if TYPE_CHECKING:
+    from cute_runtime.launches import Part
+    from sonicmoe.backends.hopper_layer import Forward
+    from sonicmoe.moe import MoE
+
+
+def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's output (..., H), or None where this is not the usual case. The layer is called with x (..., H) and nothing else."""
+    if torch.compiler.is_compiling():
+        return None
+    config, parameters, router = layer.router_config, layer._parameters, layer._modules.get("router")
+    if layer.parallelism is not None or layer.main_grads or type(config) is not RouterConfig or config.method != "top_k":
+        return None
+    if type(router) is not Router or _is_watched(router):
+        return None
+    try:
+        weight, selection_bias = router._parameters["weight"], router._buffers["selection_bias"]
+        w_up, w_down, b_up, b_down = parameters["w_up"], parameters["w_down"], parameters["b_up"], parameters["b_down"]
+    except KeyError:  # a parametrization computes it when it is asked for
+        return None
+    if not is_direct((x, weight, w_up, w_down, b_up, b_down, selection_bias)):
+        return None
+    if torch._C._is_any_autocast_enabled() or backends.is_one_by_one() or debug.enabled():
+        return None
+    if not x.is_contiguous():
+        return None
+    gradient = torch.is_grad_enabled() and needs_gradient((x, weight, w_up, w_down, b_up, b_down))
+    forward = backends.load("hopper_layer").forward(
+        *(x.shape, w_up.shape, x.dtype, x.device, layer.backend, config.choice, layer.activation, layer.gate_up_layout),
+        *(b_up is not None, b_down is not None, selection_bias is not None, gradient),
+    )
+    if forward is None:
+        return None
+    if not gradient:
+        return _run(forward, x, weight, w_up, w_down, b_up, b_down, selection_bias)[0]
+    if not (weight.requires_grad and w_up.requires_grad and w_down.requires_grad):
+        return None  # a part is frozen: the general path knows what is not worth computing
+    if b_up is not None and not (b_up.requires_grad and b_down.requires_grad):
+        return None
+    options = (layer.activation, layer.gate_up_layout, "hopper")
+    return _Layer.apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, config.choice, options)
+
+
+def _is_watched(router: Router) -> bool:
+    """Whether someone's hook, or another forward, may have its say when the router is called."""
+    return bool(
+        router._forward_pre_hooks
+        or router._forward_hooks
+        or router._backward_pre_hooks
+        or router._backward_hooks
+        or router._compiled_call_impl
+        or "forward" in router.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def _run(
+    forward: "Forward",
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    selection_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The output, None where a tensor is not as the kernels take it, and what backward needs of the layer's own, None without one."""
+    tokens = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    with cute_runtime.on_device(x.device):
+        logits = linalg.matmul(tokens, weight.mT)
+        scratch = x.new_empty(forward.scratch)
+        out = torch.empty_like(x)
+        kept = x.new_empty(forward.kept) if forward.kept else None
+        refused = forward.launch(x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, kept, out)
+    return (out, kept) if refused is None else (None, None)
+
+
+class _Layer(torch.autograd.Function):
+    """Router and experts in one: all parameters need a gradient, x may."""
+
+    @staticmethod
+    def forward(ctx, x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, choice, options):
+        out, kept = _run(forward, x, weight, w_up, w_down, b_up, b_down, selection_bias)
+        if out is not None:
+            ctx.save_for_backward(x, weight, w_up, w_down, b_down, kept)
+            ctx.layout, ctx.choice, ctx.options, ctx.bias = forward.parts, choice, options, b_up is not None
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        """The gradients of `routed_experts`, of the choice and of the router's product, as autograd would have chained them."""
+        x, weight, w_up, w_down, b_down, kept = saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        hidden = x.shape[-1]
+        tokens, dout = x if x.dim() == 2 else x.view(-1, hidden), dout.contiguous().view(-1, hidden)
+        found = None
+        if is_direct((dout, *saved)) and experts.overwrites():
+            found = _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept)
+        if found is None:
+            found = _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, kept)
+        (dx, dw_up, dw_down, db_up, db_down), dlogits = found
+        need_x = ctx.needs_input_grad[0]
+        routed_dx, dweight = router_logits_grad(dlogits, tokens, weight, need_x, True)
+        if need_x:
+            dx = dx + routed_dx if torch.is_grad_enabled() else dx.add_(routed_dx)
+            dx = dx.view(x.shape)
+        return dx, dweight, dw_up, dw_down, db_up, db_down, *(None,) * 4
+
+
+_Gradients = tuple[tuple[torch.Tensor | None, ...], torch.Tensor]
+"""dx (T, H) of the experts, dw_up, dw_down, db_up, db_down, and the logits' gradient (T, E)."""
+
+
+def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> _Gradients | None:
+    """None where the launches are not made at once."""
+    need_x, sizes = ctx.needs_input_grad[0], (tokens.shape[0], w_up.shape, w_down.shape, tokens.dtype, tokens.device)
+    backward = backends.load("hopper_layer_backward").backward(*sizes, ctx.choice, *ctx.options[:2], ctx.bias, need_x)
+    if backward is None:
+        return None
+    with cute_runtime.on_device(tokens.device):
+        scratch = tokens.new_empty(backward.scratch)
+        dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
+        dx = torch.empty_like(tokens) if need_x else None
+        db_up = w_up.new_empty(w_up.shape[:2]) if ctx.bias else None
+        db_down = torch.empty_like(b_down) if ctx.bias else None
+        row_to_token = _part(kept, ctx.layout["row_to_slot"]) // ctx.choice[0]  # as dispatch.unpack makes it
+        results = dx, dw_up, dw_down, db_up, db_down
+        refused = backward.experts(dout, tokens, w_up, w_down, b_down, kept, row_to_token, scratch, *results)
+        if refused is not None:
+            return None
+        del scratch, row_to_token  # their memory is free for the logits
+        logits = linalg.matmul(tokens, weight.mT)
+        dlogits = torch.empty_like(logits)
+        if (refused := backward.scores(logits, kept, dlogits)) is not None:
+            raise RuntimeError(f"the layer's backward: tensor {refused} of the scores' gradient is not what its forward had")
+    return results, dlogits
+
+
+def _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> _Gradients:
+    k, scoring, renormalize, scale, *_ = ctx.choice
+    z, plan, expert_index, score = _parts(kept, ctx.layout)
+    needs = experts.Needs(ctx.needs_input_grad[0], True, True, ctx.bias, ctx.bias, True)
+    sizes = (tokens.shape[0], w_up.shape[0], k)
+    *of_experts, dscore = experts.gradients(dout, z, tokens, w_up, w_down, b_down, score, plan, *sizes, *ctx.options, list(needs))
+    return of_experts, slot_scores_grad_again(tokens, weight, expert_index, None, dscore, k, scoring, renormalize, scale)
+
+
+def _parts(kept: torch.Tensor, layout: dict[str, "Part"]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z (R, Z), the plan as `dispatch.unpack` takes it, expert_index (R,) and score (R,): views of ``kept``."""
+    begin, tickets = layout["row_to_slot"], layout["tickets"]
+    plan = begin._replace(shape=((tickets.offset + tickets.bytes - begin.offset) // 4,))
+    return _part(kept, layout["z"]), _part(kept, plan), _part(kept, layout["expert_index"]), _part(kept, layout["score"])
+
+
+def _part(kept: torch.Tensor, part: "Part") -> torch.Tensor:
+    size = kept.element_size()
+    found = kept[part.offset // size : (part.offset + part.bytes) // size].view(part.dtype)
+    return found if len(part.shape) == 1 else found.view(part.shape)
