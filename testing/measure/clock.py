@@ -28,11 +28,17 @@ def per_call(calls: Mapping[str, Call], options: Options) -> dict[str, Timing]:
     return _per_call(calls, {name: Variant(_batch(call)) for name, call in calls.items()}, options.device, options)
 
 
-def until_return(functions: Mapping[str, Function], options: Options, *, repeats: int = 20) -> dict[str, Timing]:
-    """Until a call returns, with the GPU idle before each batch: what the host does, provided that the GPU keeps up with a batch."""
+def until_return(
+    functions: Mapping[str, Function], options: Options, *, repeats: int = 20, prepare: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
+    """Until a call returns, with the GPU idle before each batch: what the host does, provided that the GPU keeps up with a batch.
+
+    ``prepare`` is called before each batch, off the clock.
+    """
     calls = {name: Call(function, repeats) for name, function in functions.items()}
 
     def wait() -> None:
+        prepare()
         if options.on_gpu:
             torch.cuda.synchronize(options.device)
 

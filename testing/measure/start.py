@@ -7,7 +7,7 @@ and no compiler: the child gets an empty cache, and where it left an object ther
 and there is no such number. With a compile: the prebuilt up-projection is hidden, so that the first child compiles it into the cache and
 the next one finds it there.
 
-Host time: how long a call takes to return with the GPU idle before each batch of calls, at a size at which the GPU keeps up.
+Host time: see testing/measure/host_time.py.
 """
 
 import compileall
@@ -22,12 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cute_runtime.cache import CACHE_VARIABLE
 from cute_runtime.sources import COMPILER, compiler_version
 from sonicmoe.thiek import Thiek
-from testing.measure.clock import until_return
+from testing.measure import host_time
 from testing.measure.first_call import HIDDEN_KERNEL
 from testing.measure.items import NEEDS_GPU, Bound, Item, NotRunError, Options, cell
 
@@ -38,7 +36,7 @@ MODES = {"inference": True, "forward": True, "training step": False}
 PROCESSES = 3
 """Of each mode; the median counts."""
 TIMEOUT_S = 300
-PREBUILT_S, COMPILED_S, CACHED_S, HOST_US = 0.2, 20.0, 0.5, 60.0
+PREBUILT_S, COMPILED_S, CACHED_S = 0.2, 20.0, 0.5
 
 
 def items(options: Options) -> list[Item]:
@@ -50,7 +48,7 @@ def items(options: Options) -> list[Item]:
     name = "start/compiled"
     found.append(Item(name, _compiled(options, name, thiek), _no_compile(options)))
     name = "start/host-time"
-    return [*found, Item(name, _host_time(options, name, small))]
+    return [*found, Item(name, host_time.measured(options, name, small))]
 
 
 def write_bytecode(root: Path = ROOT) -> None:
@@ -142,41 +140,6 @@ def _compiled(options: Options, name: str, thiek: Thiek) -> Callable[[], list[di
         return [
             cell(options, f"{name}/first", mode="first call, compiled", bound=compiled, **about, objects=objects, **_medians([first])),
             cell(options, f"{name}/next", mode="first call, cached", bound=cached, **about, **medians, processes=count),
-        ]
-
-    return run
-
-
-def _host_time(options: Options, name: str, thiek: Thiek) -> Callable[[], list[dict[str, Any]]]:
-    def run() -> list[dict[str, Any]]:
-        case, layer = options.problem(thiek)
-        x = case.x.requires_grad_()
-        leaves = [x, *layer.parameters()]
-
-        def inference() -> None:
-            with torch.no_grad():
-                layer(x)
-
-        functions = {
-            "inference": inference,
-            "forward": lambda: layer(x),
-            "training step": lambda: torch.autograd.grad(layer(x), leaves, case.dout),
-        }
-        for function in functions.values():
-            function()  # loads the kernels
-        times = until_return(functions, options)
-        return [
-            cell(
-                options,
-                f"{name}/{mode}",
-                mode="host time",
-                bound=Bound(time.ms * 1e3, "microseconds of host time", HOST_US) if mode != "training step" else None,
-                thiek=thiek,
-                routing="top_k",
-                ms=time.ms,
-                ms_spread=time.ms_spread,
-            )
-            for mode, time in times.items()
         ]
 
     return run

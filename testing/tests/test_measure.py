@@ -17,8 +17,9 @@ from dispatch import chunk_counts
 from routing import RouterConfig
 from sonicmoe import devices
 from sonicmoe.backends import hopper, hopper_backward, reference
+from sonicmoe.tests.stand_ins import standing_in
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
-from testing.measure import decode, kernels, memory, registry, run, start, step
+from testing.measure import decode, host_time, kernels, memory, registry, run, start, step
 from testing.measure.__main__ import main
 from testing.measure.items import MEASURED, TINY, TINY_TILE, Bound, Item, Options, cell, differing
 
@@ -282,6 +283,26 @@ def test_each_tile_is_the_one_that_runs(monkeypatch, kernel):
     rule, *tiles, again = [name for name in loaded if name is not None]
     assert tiles == [tile.name for tile in kernel.tiles]
     assert rule == again
+
+
+def test_host_time_has_its_parts(monkeypatch):
+    """With kernels of PyTorch in place of the GPU's; what is left for the conditions is no measurement of its own."""
+    stand_ins = standing_in(monkeypatch)
+    launched = next(stand_ins).launched
+    _, layer = QUICK.problem(TINY)
+    layer.backend = "hopper"
+    x = torch.randn(TINY.T, TINY.H).bfloat16()
+    parts = host_time.parts(layer, x)
+    assert list(parts) == ["product", "allocations", "launches", "launch"]
+    launched.clear()
+    with torch.no_grad():
+        layer(x)
+        whole = launched.copy()
+        launched.clear()
+        for part in parts.values():
+            part()
+    assert launched == [*whole, "gather_sum"]
+    assert next(stand_ins, None) is None
 
 
 def test_decode_steps_have_rows_of_their_own_and_one_layers_weights():
