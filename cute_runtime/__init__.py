@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cute_runtime.checks import BACKENDS, INT32_ELEMENTS, check_launch, is_supported_device, on_device
 from cute_runtime.discover import prebuilt_variants
-from cute_runtime.load import MissingKernelError, find, load
+from cute_runtime.load import MissingKernelError, find, load, prepare
 from cute_runtime.variant import Variant
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "on_device",
     "prebuilt_variants",
+    "prepare",
     "read_resources",
 ]
 

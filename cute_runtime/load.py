@@ -1,5 +1,6 @@
 """From a variant to a function that launches it: prebuilt, cached, or compiled on first use."""
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -76,13 +77,32 @@ def find(variant: Variant) -> Path:
     return cached_or_built(variant, passed_over)
 
 
+@functools.cache
+def prepare() -> None:
+    """Begin, in a thread and once per process, what the first :func:`load` has to wait for: the import of tvm_ffi, 20 to 50 ms of Python.
+
+    It overlaps with what runs outside of Python: making a layer's weights, and PyTorch's start of cuBLAS at the first product. load waits
+    for the import's lock where it comes too early. For processes that use a GPU; what is missing is for load to say.
+    """
+    threading.Thread(target=_prepare, name="cute_runtime.prepare").start()
+
+
+def _prepare() -> None:
+    with contextlib.suppress(ImportError, RuntimeError, AssertionError, OSError):  # AssertionError: a torch without CUDA
+        _share_runtime_libraries(gpu=True)
+
+
 def _open(path: Path, *, gpu: bool) -> Callable[..., None]:
-    if gpu:
-        _share_cuda_runtime()
-    _share_tvm_ffi()
+    _share_runtime_libraries(gpu=gpu)
     import tvm_ffi
 
     return tvm_ffi.load_module(str(path))[FUNCTION]
+
+
+def _share_runtime_libraries(*, gpu: bool) -> None:
+    if gpu:
+        _share_cuda_runtime()
+    _share_tvm_ffi()
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import nn
 
 from routing import RouterConfig, Routing, expert_counts, load_balance_loss, router_z_loss
 from routing.recomputed import Origin
-from sonicmoe import at_once, validation
+from sonicmoe import at_once, backends, validation
 from sonicmoe.activations import is_gated
 from sonicmoe.experts import routed_experts
 from sonicmoe.router import Router
@@ -137,6 +137,7 @@ class MoE(nn.Module):
         self.register_parameter("b_up", nn.Parameter(torch.empty(num_experts, up_rows, **make)) if bias else None)
         self.register_parameter("b_down", nn.Parameter(torch.empty(num_experts, hidden_size, **make)) if bias else None)
         self._reset_experts()
+        backends.prepare(backend, self.w_up.device, dtype)
 
     def reset_parameters(self) -> None:
         """As `torch.nn.Linear` for the router and each expert: weights and biases uniform within 1/sqrt(fan-in)."""

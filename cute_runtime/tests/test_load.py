@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cute_runtime import MissingKernelError, Variant, builder, cache, load
+from cute_runtime import MissingKernelError, Variant, builder, cache, load, prepare
 from cute_runtime import sources as sources_module
 from cute_runtime.discover import prebuilt_folders
 from cute_runtime.objects import object_name, split_object, write_object
@@ -204,6 +204,28 @@ def test_kernel_is_opened_once_per_process(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(finder, "_open", lambda path, gpu: opened.append(path) or (lambda: "launched"))
     assert [load(variant)(), load(Variant("toy.kernels.gemm", {"tile": 128}))()] == ["launched", "launched"]
     assert opened == [path]
+
+
+def test_preparing_happens_once_in_a_thread_and_leaves_errors_to_load(variant, tmp_path, monkeypatch):
+    threads = []
+
+    def share(*, gpu):
+        threads.append(threading.current_thread())
+        raise RuntimeError("no GPU")
+
+    put(tmp_path / "prebuilt", variant)
+    monkeypatch.setattr(finder, "_share_runtime_libraries", share)
+    prepare.cache_clear()
+    prepare()
+    prepare()
+    for thread in threading.enumerate():
+        if thread.name == "cute_runtime.prepare":
+            thread.join()
+    assert [thread.name for thread in threads] == ["cute_runtime.prepare"]
+    with pytest.raises(RuntimeError, match="no GPU"):
+        load(variant)
+    assert threads[1:] == [threading.current_thread()]
+    prepare.cache_clear()
 
 
 def test_import_is_light():

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+import cute_runtime
 from dispatch.operators import check_backend, is_hopper
 
 _HOPPER_DTYPES = (torch.bfloat16, torch.float16)
@@ -35,6 +36,15 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 def load(backend: str) -> ModuleType:
     """The module of a resolved backend."""
     return importlib.import_module(f"sonicmoe.backends.{backend}")
+
+
+def prepare(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Begin in the background what the first call of this backend would wait for, `cute_runtime.prepare`; nothing where no kernel runs.
+
+    Never an error: asked for tensors that exist, of any device, with a GPU or without data.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized() and backend != "reference" and dtype in _HOPPER_DTYPES and is_hopper(device):
+        cute_runtime.prepare()
 
 
 def fused_forward(backend: str) -> Callable[..., tuple | None] | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cute_runtime
-from sonicmoe import backends
+from sonicmoe import MoE, backends
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,37 @@ def test_float32_runs_on_the_reference_and_is_refused_by_hopper(monkeypatch):
     assert backends.resolve("auto", torch.device("cuda:0"), torch.float32) == "reference"
     with pytest.raises(ValueError, match=r'^backend="hopper": the tensors are torch.float32, must be bfloat16 or float16$'):
         backends.resolve("hopper", torch.device("cuda:0"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "capability", "initialized", "begins"),
+    [
+        ("auto", "cuda:0", torch.bfloat16, (9, 0), True, True),
+        ("hopper", "cuda:0", torch.float16, (9, 0), True, True),
+        ("reference", "cuda:0", torch.bfloat16, (9, 0), True, False),
+        ("auto", "cuda:0", torch.float32, (9, 0), True, False),
+        ("auto", "cuda:0", torch.bfloat16, (8, 0), True, False),
+        ("auto", "cuda:0", torch.bfloat16, (9, 0), False, False),  # fake tensors of a GPU
+        ("auto", "cpu", torch.bfloat16, (9, 0), True, False),
+        ("auto", "meta", torch.bfloat16, (9, 0), True, False),
+    ],
+)
+def test_prepares_where_kernels_will_run(monkeypatch, backend, device, dtype, capability, initialized, begins):
+    calls = []
+    pretend_capability(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(cute_runtime, "prepare", lambda: calls.append("begun"))
+    backends.prepare(backend, torch.device(device), dtype)
+    assert calls == ["begun"] * begins
+
+
+def test_a_layer_prepares_for_the_device_of_its_weights(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backends, "prepare", lambda *arguments: calls.append(arguments))
+    with torch.device("meta"):
+        MoE(16, 8, 4, 2, dtype=torch.bfloat16)
+    MoE(16, 8, 4, 2, backend="hopper")
+    assert calls == [("auto", torch.device("meta"), torch.bfloat16), ("hopper", CPU, torch.float32)]
 
 
 def test_unknown_backend_is_refused():

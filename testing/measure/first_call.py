@@ -3,15 +3,78 @@
 The argument has device, backend, thiek, mode ("inference", "forward" of training, or "training step"), and recompile: hide the prebuilt
 objects of the up-projection, as a variant that was not built beforehand. The clock starts when torch is imported, and torch's own start
 on the GPU is timed apart. See testing/measure/start.py.
+
+Where the first call's time goes, on the thread that calls: PARTS, each without those that it calls, and rest_ms. The layer begins to import
+tvm_ffi in a thread of its own when it is made: libraries_ms is what is left to wait for.
 """
 
+import functools
+import importlib
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HIDDEN_KERNEL = "sonicmoe.kernels.up_projection"
+PARTS = {
+    "product_ms": "the router's product, with it PyTorch's start of cuBLAS",
+    "libraries_ms": "tvm_ffi and the CUDA runtime, until kernels can use them",
+    "find_ms": "finding the kernels' objects, which are checked",
+    "open_ms": "loading them",
+    "launch_ms": "the first launch of each",
+    "wait_ms": "until the GPU is done",
+}
+
+
+class Clock:
+    """Milliseconds by part, each without the parts that it calls."""
+
+    def __init__(self) -> None:
+        self.ms = dict.fromkeys(PARTS, 0.0)
+        self._within = [0.0]
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            self._within.append(0.0)
+            begin = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                spent = _ms_since(begin)
+                self.ms[part] += spent - self._within.pop()
+                self._within[-1] += spent
+
+        return run
+
+    def watch(self) -> Callable[[], None]:
+        """Time the functions that the parts are spent in; returns what puts the right ones back."""
+        loader = importlib.import_module("cute_runtime.load")  # `cute_runtime.load` is the function of that name
+        linalg = importlib.import_module("routing.linalg")
+        right = [(loader, name, getattr(loader, name)) for name in ("find", "_share_runtime_libraries", "_open")]
+        right.append((linalg, "matmul", linalg.matmul))
+
+        def open_timed(*args: Any, **options: Any) -> Callable[..., None]:
+            return self._first_timed(right[2][2](*args, **options))
+
+        loader.find = self.timed("find_ms", loader.find)
+        loader._share_runtime_libraries = self.timed("libraries_ms", loader._share_runtime_libraries)
+        loader._open = self.timed("open_ms", open_timed)
+        linalg.matmul = self.timed("product_ms", linalg.matmul)
+
+        def restore() -> None:
+            for module, name, function in right:
+                setattr(module, name, function)
+
+        return restore
+
+    def _first_timed(self, kernel: Callable[..., None]) -> Callable[..., None]:
+        """The kernel, its first launch timed."""
+        launches = [self.timed("launch_ms", kernel)]
+        return lambda *args: (launches.pop() if launches else kernel)(*args)
 
 
 def main(argument: str) -> int:
@@ -30,6 +93,7 @@ def main(argument: str) -> int:
     from sonicmoe import MoE
 
     found["import_ms"] = _ms_since(begin)
+    found["modules_without_bytecode"] = sum(_lacks_bytecode(module) for module in sys.modules.values())
     T, H, I, E, K = asked["thiek"]
     begin = time.perf_counter()
     layer = MoE(H, I, E, K, backend=asked["backend"], device=device, dtype=torch.bfloat16)
@@ -37,14 +101,20 @@ def main(argument: str) -> int:
     dout = torch.randn(T, H, dtype=torch.bfloat16, device=device)
     _wait(device)
     found["make_ms"] = _ms_since(begin)
+    clock = Clock()
+    restore, wait = clock.watch(), clock.timed("wait_ms", _wait)
     for name in ("first_ms", "second_ms"):
         begin = time.perf_counter()
         with torch.set_grad_enabled(asked["mode"] != "inference"):
             out = layer(x)
         if asked["mode"] == "training step":
             out.backward(dout)
-        _wait(device)
+        wait(device)
         found[name] = _ms_since(begin)
+        if name == "first_ms":
+            restore()
+            wait = _wait
+            found |= clock.ms | {"rest_ms": found[name] - sum(clock.ms.values())}
     found["finite"] = bool(out.isfinite().all() and ready.isfinite().all())
     found["compiler_imported"] = "cutlass" in sys.modules
     print(json.dumps(found))
@@ -62,11 +132,16 @@ def _ms_since(begin: float) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def _lacks_bytecode(module: Any) -> bool:
+    """Whether a module of this library was compiled anew."""
+    own = (module.__name__ or "").partition(".")[0] in ("cute_runtime", "dispatch", "routing", "sonicmoe")
+    cached = getattr(module, "__cached__", None)
+    return own and cached is not None and not os.path.exists(cached)
+
+
 def _hide(kernel: str) -> None:
     """Take the prebuilt objects of one kernel out of sight; the cache on disk stays."""
-    import importlib
-
-    module = importlib.import_module("cute_runtime.load")  # `cute_runtime.load` is the function of that name
+    module = importlib.import_module("cute_runtime.load")
     folders = module.prebuilt_folders
     hidden = Path(__file__).with_name("no prebuilt objects")
     module.prebuilt_folders = lambda name: [hidden] if name == kernel else folders(name)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from testing.matrix.report import machine_text
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
+from testing.measure.first_call import PARTS
 from testing.measure.items import MEASURED
 
 _STYLES = {PASSED: "green", FAILED: "bold red", MEASURED: "dim", NOT_RUN: "yellow"}
@@ -23,6 +24,9 @@ _NUMBERS = (
     "reference_ms",
     "top_k_ms",
     "second_ms",
+    "import_ms",
+    *PARTS,
+    "rest_ms",
 )
 """Shown beside a cell's time where it has them."""
 

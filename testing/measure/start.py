@@ -2,10 +2,10 @@
 
 First call: a child process imports torch and creates the CUDA context; then the import of this library and the first call of the layer
 count together, making the layer does not. The library's bytecode is written before, as pip does when it installs: where Python may not
-write it (PYTHONDONTWRITEBYTECODE), every process compiles a checkout's modules anew, more than half of the import. With prebuilt kernels
-and no compiler: the child gets an empty cache, and where it left an object there or imported the compiler, not all kernels were prebuilt
-and there is no such number. With a compile: the prebuilt up-projection is hidden, so that the first child compiles it into the cache and
-the next one finds it there.
+write it (PYTHONDONTWRITEBYTECODE), every process compiles a checkout's modules anew, more than half of the import; how many had none is
+recorded. With prebuilt kernels and no compiler: the child gets an empty cache, and where it left an object there or imported the
+compiler, not all kernels were prebuilt and there is no such number. With a compile: the prebuilt up-projection is hidden, so that the
+first child compiles it into the cache and the next one finds it there.
 
 Host time: see testing/measure/host_time.py.
 """
@@ -114,9 +114,22 @@ def _prebuilt(options: Options, name: str, thiek: Thiek, mode: str) -> Callable[
             raise RuntimeError("the process imported the compiler")
         medians = _medians(runs)
         slowest = max(run["start_s"] for run in runs)
+        anew = max(run["modules_without_bytecode"] for run in runs)
         bound = Bound(medians["start_s"], "s to the first result", PREBUILT_S) if MODES[mode] else None
         return [
-            cell(options, name, mode="first call", bound=bound, thiek=thiek, routing="top_k", **medians, slowest_s=slowest, processes=count)
+            cell(
+                options,
+                name,
+                mode="first call",
+                bound=bound,
+                why=f"{anew} modules had no bytecode" if anew else "",
+                thiek=thiek,
+                routing="top_k",
+                **medians,
+                slowest_s=slowest,
+                processes=count,
+                modules_without_bytecode=anew,
+            )
         ]
 
     return run

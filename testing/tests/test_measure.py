@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sonicmoe import devices
 from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.tests.stand_ins import standing_in
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
-from testing.measure import decode, host_time, kernels, memory, registry, run, start, step
+from testing.measure import decode, first_call, host_time, kernels, memory, registry, run, start, step
 from testing.measure.__main__ import main
 from testing.measure.items import MEASURED, TINY, TINY_TILE, Bound, Item, Options, cell, differing
 
@@ -100,7 +101,40 @@ def test_experts_save_z_and_little_more(result):
 def test_a_fresh_process_reports_its_first_call(result):
     (one,) = of(result, "start/prebuilt").values()
     assert one["start_s"] == pytest.approx((one["import_ms"] + one["first_ms"]) / 1e3)
-    assert min(one["context_ms"], one["make_ms"], one["second_ms"]) > 0
+    assert min(one["context_ms"], one["make_ms"], one["second_ms"], one["product_ms"]) > 0
+    assert sum(one[part] for part in first_call.PARTS) + one["rest_ms"] == pytest.approx(one["first_ms"])
+
+
+def test_a_first_calls_parts_are_each_without_those_that_they_call(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(first_call.time, "perf_counter", lambda: now[0])
+    loader = sys.modules["cute_runtime.load"]
+
+    def takes(seconds, result=None):
+        def function(*_, **options):
+            now[0] += seconds
+            return result
+
+        return function
+
+    def open_object(path, *, gpu):
+        now[0] += 4
+        loader._share_runtime_libraries(gpu=gpu)
+        return takes(8)
+
+    names = {"find": takes(1, "path"), "_share_runtime_libraries": takes(2), "_open": open_object, "_loaded": {}}
+    for name, value in names.items():
+        monkeypatch.setattr(loader, name, value)
+    clock = first_call.Clock()
+    restore = clock.watch()
+    kernel = cute_runtime.load(cute_runtime.Variant("toy.kernels.gemm"))
+    kernel()
+    kernel()
+    restore()
+    assert clock.ms == {
+        "find_ms": 1e3, "libraries_ms": 2e3, "open_ms": 4e3, "launch_ms": 8e3, "product_ms": 0, "wait_ms": 0,
+    }  # fmt: skip
+    assert loader._open is open_object
 
 
 def test_losses_of_training_fall_and_are_recorded(result):
@@ -208,6 +242,7 @@ class Process:
             path.touch()
         times = dict.fromkeys(("context_ms", "import_ms", "make_ms", "second_ms"), 1.0) | {"first_ms": child["first_ms"]}
         found = {**times, "finite": child.get("finite", True), "compiler_imported": child.get("compiler", False)}
+        found["modules_without_bytecode"] = child.get("anew", 0)
         return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
 
 
@@ -216,6 +251,7 @@ class Process:
     [
         ({"first_ms": 150.0}, PASSED, ""),
         ({"first_ms": 250.0}, FAILED, "0.251 s to the first result: must be under 0.2"),
+        ({"first_ms": 250.0, "anew": 45}, FAILED, "0.251 s to the first result: must be under 0.2; 45 modules had no bytecode"),
         ({"first_ms": 1.0, "objects": ["top_k"]}, NOT_RUN, "not prebuilt here and compiled instead: top_k"),
         (
             {"error": "cute_runtime.load.MissingKernelError: top_k: no usable prebuilt object in /some/folder, and no compiler"},
