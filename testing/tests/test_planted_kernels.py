@@ -17,11 +17,12 @@ from cute_runtime import Variant, builder
 from cute_runtime.objects import object_name, write_object
 from cute_runtime.sources import sources
 from sonicmoe import backends
+from testing.matrix import __main__ as command
 from testing.matrix import checks_layer, plan, planting_build, pool, runner
-from testing.matrix.__main__ import main
 from testing.matrix.cells import LayerCell, load_matrix
 from testing.matrix.defects_kernels import KERNEL_DEFECTS
 from testing.matrix.kernels import cell_variants
+from testing.matrix.located import MatrixError
 from testing.matrix.planting_build import build_planted, missing_kernels, planted_kernels
 from testing.matrix.planting_source import ROOT, folder_name, planted_folders
 
@@ -175,11 +176,25 @@ def test_what_is_missing_is_known_before_anything_runs(tmp_path, monkeypatch):
     assert {kernel.defect for kernel in missing_kernels(defects, MATRIX, HOPPER)} == {TIES}
 
 
+def test_missing_kernels_are_announced_or_refused_where_none_can_be_compiled(monkeypatch, capsys):
+    defects = {name: KERNEL_DEFECTS[name] for name in (ROUNDS, TIES)}
+    monkeypatch.delenv("SONICMOE_KERNELS", raising=False)
+    count = len(planted_kernels(defects, MATRIX, HOPPER))
+    monkeypatch.setattr("cute_runtime.sources.compiler_version", lambda: "1.0")
+    command._look_for_defects(defects, MATRIX, HOPPER)
+    assert capsys.readouterr().err.startswith(
+        f"{count} kernels with defects are not built: compiled on the way where the cache lacks them;"
+    )
+    monkeypatch.setattr("cute_runtime.sources.compiler_version", lambda: None)
+    with pytest.raises(MatrixError, match=f"^{count} kernels with defects are not built, and nvidia-cutlass-dsl is not installed"):
+        command._look_for_defects(defects, MATRIX, HOPPER)
+
+
 @pytest.mark.parametrize(("why", "code"), [("", 0), ("does not compile", 1)])
 def test_the_command_builds_the_defects_that_are_asked_for(tmp_path, monkeypatch, capsys, why, code):
     monkeypatch.setattr(planting_build, "compile_in", lambda tree, variant, out: why)
     monkeypatch.setattr(builder, "tools", lambda: ("1.0", "cc"))
-    assert main(["selftest", "--defects", "kernel: rounds*", "--build", str(tmp_path), "--jobs", "1", "--json"]) == code
+    assert command.main(["selftest", "--defects", "kernel: rounds*", "--build", str(tmp_path), "--jobs", "1", "--json"]) == code
     out, err = capsys.readouterr()
     label = f"{ROUNDS}: routing.rounding_select-mode.nearest"
     assert json.loads(out) == {"folder": str(tmp_path), "kernels": 1 - code, "failed": [label] * code}
@@ -196,7 +211,7 @@ def test_the_command_builds_the_defects_that_are_asked_for(tmp_path, monkeypatch
 )
 def test_what_cannot_be_built_is_refused(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(builder, "tools", lambda: ("1.0", "cc"))
-    assert main(["selftest", *words, "--build", str(tmp_path)]) == 2
+    assert command.main(["selftest", *words, "--build", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
