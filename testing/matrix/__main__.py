@@ -216,8 +216,11 @@ def _look_for_defects(defects: Mapping[str, Any], matrix: Matrix, profile: Profi
         return
     how = "build them anywhere with --build DIR, and name DIR in SONICMOE_KERNELS"
     if compiler_version() is None:
-        raise MatrixError(f"{len(missing)} kernels with defects are not built, and {COMPILER} is not installed: {how}")
-    print(f"{len(missing)} kernels with defects are not built: compiled on the way where the cache lacks them; {how}", file=sys.stderr)
+        raise MatrixError(f"{len(missing)} kernels with defects are not built from these sources, and {COMPILER} is not installed: {how}")
+    print(
+        f"{len(missing)} kernels with defects are not built from these sources: compiled on the way where the cache lacks them; {how}",
+        file=sys.stderr,
+    )
 
 
 def _ratchet(arguments: argparse.Namespace, matrix: Matrix) -> int:

@@ -4,6 +4,7 @@ For each defect in a kernel, the variants that its cell loads and of whose sourc
 built anyway. Each is compiled by `python -m cute_runtime build` from the planted tree, into a folder of the defect's name.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cute_runtime import Variant
-from cute_runtime.objects import object_name
-from cute_runtime.sources import sources
+from cute_runtime.objects import CorruptObjectError, object_name, split_object
+from cute_runtime.sources import changed_sources, sources
 from testing.matrix.cells import Matrix, Profile
 from testing.matrix.kernels import cell_variants
-from testing.matrix.planting_source import SourceDefect, folder_name, plant, planted_folders
+from testing.matrix.planting_source import SourceDefect, edited, folder_name, plant, planted_folders
 
 
 class PlantedKernel(NamedTuple):
@@ -47,12 +48,22 @@ def planted_kernels(defects: Mapping[str, SourceDefect], matrix: Matrix, profile
 
 
 def missing_kernels(defects: Mapping[str, SourceDefect], matrix: Matrix, profile: Profile) -> list[PlantedKernel]:
-    """Those of them that no folder of ``SONICMOE_KERNELS`` holds."""
+    """Those of them of which no folder of ``SONICMOE_KERNELS`` holds an object of today's sources."""
     return [
         kernel
         for kernel in planted_kernels(defects, matrix, profile)
-        if not any((folder / object_name(kernel.variant)).is_file() for folder in planted_folders(kernel.defect))
+        if not any(_fits(folder / object_name(kernel.variant), defects[kernel.defect]) for folder in planted_folders(kernel.defect))
     ]
+
+
+def _fits(path: Path, defect: SourceDefect) -> bool:
+    """Whether the object was made of the file with the defect and of the other sources as they are here."""
+    try:
+        recorded = dict(split_object(path)[0].sources)
+    except (FileNotFoundError, CorruptObjectError):
+        return False
+    planted = hashlib.sha256(edited(defect).encode()).hexdigest()
+    return recorded.pop(defect.file, None) == planted and not changed_sources(recorded)
 
 
 def build_planted(
