@@ -126,7 +126,7 @@ def one_call(
             words += _argument(argument, number)
     # What stands in for a kernel, a function of Python, brings with it what C can call: cute_runtime.emulator.native.
     functions = [getattr(function, "native", function) for function, _ in calls]
-    return load(LAUNCHES)(torch.tensor(words, dtype=torch.int64), *functions)
+    return load(LAUNCHES)(torch.tensor(words, dtype=torch.int64, device="cpu"), *functions)
 
 
 def _layout(dtype: "torch.dtype", shape: tuple[int, ...]) -> list[int]:

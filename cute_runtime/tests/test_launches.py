@@ -110,6 +110,14 @@ def test_an_error_is_the_callers_and_ends_the_list():
     assert [len(function.seen) for function in (first, second, third)] == [2, 2, 0]
 
 
+def test_a_default_device_of_tensors_is_not_the_programs():
+    function = Function()
+    with torch.device("meta"):
+        call = one_call({"x": Given(F32, (2,))}, [], [(function, ("x",))])
+    call(torch.ones(2))
+    assert len(function.seen) == 1
+
+
 def test_functions_live_as_long_as_the_call():
     call = one_call({"x": Given(F32, (2,))}, [], [(Function(lambda x: x.add_(1)), ("x",))])
     x = torch.zeros(2)
