@@ -84,16 +84,18 @@ def _run(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
     selection_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The output, None where a tensor is not as the kernels take it, and what backward needs of the layer's own, None without one."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The output, None where a tensor is not as the kernels take it, and z and what else backward needs, None without one."""
     tokens = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    z = kept = None
     with cute_runtime.on_device(x.device):
         logits = linalg.matmul(tokens, weight.mT)
         scratch = x.new_empty(forward.scratch)
         out = torch.empty_like(x)
-        kept = x.new_empty(forward.kept) if forward.kept else None
-        refused = forward.launch(x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, kept, out)
-    return (out, kept) if refused is None else (None, None)
+        if forward.kept:
+            z, kept = x.new_empty(forward.z), x.new_empty(forward.kept)
+        refused = forward.launch(x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out)
+    return (out, z, kept) if refused is None else (None, None, None)
 
 
 class _Layer(torch.autograd.Function):
@@ -101,23 +103,23 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, choice, options):
-        out, kept = _run(forward, x, weight, w_up, w_down, b_up, b_down, selection_bias)
+        out, z, kept = _run(forward, x, weight, w_up, w_down, b_up, b_down, selection_bias)
         if out is not None:
-            ctx.save_for_backward(x, weight, w_up, w_down, b_down, kept)
+            ctx.save_for_backward(x, weight, w_up, w_down, b_down, z, kept)
             ctx.layout, ctx.choice, ctx.options, ctx.bias = forward.parts, choice, options, b_up is not None
         return out
 
     @staticmethod
     def backward(ctx, dout):
         """The gradients of `routed_experts`, of the choice and of the router's product, as autograd would have chained them."""
-        x, weight, w_up, w_down, b_down, kept = saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        x, weight, w_up, w_down, b_down, z, kept = saved = ctx.saved_tensors  # once: a checkpoint gives them once
         hidden = x.shape[-1]
         tokens, dout = x if x.dim() == 2 else x.view(-1, hidden), dout.contiguous().view(-1, hidden)
         found = None
         if is_direct((dout, *saved)) and experts.overwrites():
-            found = _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept)
+            found = _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept)
         if found is None:
-            found = _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, kept)
+            found = _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept)
         (dx, dw_up, dw_down, db_up, db_down), dlogits = found
         need_x = ctx.needs_input_grad[0]
         routed_dx, dweight = router_logits_grad(dlogits, tokens, weight, need_x, True)
@@ -131,7 +133,7 @@ _Gradients = tuple[tuple[torch.Tensor | None, ...], torch.Tensor]
 """dx (T, H) of the experts, dw_up, dw_down, db_up, db_down, and the logits' gradient (T, E)."""
 
 
-def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> _Gradients | None:
+def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) -> _Gradients | None:
     """None where the launches are not made at once."""
     need_x, sizes = ctx.needs_input_grad[0], (tokens.shape[0], w_up.shape, w_down.shape, tokens.dtype, tokens.device)
     backward = backends.load("hopper_layer_backward").backward(*sizes, ctx.choice, *ctx.options[:2], ctx.bias, need_x)
@@ -145,7 +147,7 @@ def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> 
         db_down = torch.empty_like(b_down) if ctx.bias else None
         row_to_token = _part(kept, ctx.layout["row_to_slot"]) // ctx.choice[0]  # as dispatch.unpack makes it
         results = dx, dw_up, dw_down, db_up, db_down
-        refused = backward.experts(dout, tokens, w_up, w_down, b_down, kept, row_to_token, scratch, *results)
+        refused = backward.experts(dout, tokens, w_up, w_down, b_down, z, kept, row_to_token, scratch, *results)
         if refused is not None:
             return None
         del scratch, row_to_token  # their memory is free for the logits
@@ -156,23 +158,22 @@ def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> 
     return results, dlogits
 
 
-def _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, kept) -> _Gradients:
+def _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) -> _Gradients:
     k, scoring, renormalize, scale, *_ = ctx.choice
-    z, plan, expert_index, score = _parts(kept, ctx.layout)
+    plan, expert_index, score = _parts(kept, ctx.layout)
     needs = experts.Needs(ctx.needs_input_grad[0], True, True, ctx.bias, ctx.bias, True)
     sizes = (tokens.shape[0], w_up.shape[0], k)
     *of_experts, dscore = experts.gradients(dout, z, tokens, w_up, w_down, b_down, score, plan, *sizes, *ctx.options, list(needs))
     return of_experts, slot_scores_grad_again(tokens, weight, expert_index, None, dscore, k, scoring, renormalize, scale)
 
 
-def _parts(kept: torch.Tensor, layout: dict[str, "Part"]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z (R, Z), the plan as `dispatch.unpack` takes it, expert_index (R,) and score (R,): views of ``kept``."""
+def _parts(kept: torch.Tensor, layout: dict[str, "Part"]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The plan as `dispatch.unpack` takes it, expert_index (R,) and score (R,): views of ``kept``."""
     begin, tickets = layout["row_to_slot"], layout["tickets"]
     plan = begin._replace(shape=((tickets.offset + tickets.bytes - begin.offset) // 4,))
-    return _part(kept, layout["z"]), _part(kept, plan), _part(kept, layout["expert_index"]), _part(kept, layout["score"])
+    return _part(kept, plan), _part(kept, layout["expert_index"]), _part(kept, layout["score"])
 
 
 def _part(kept: torch.Tensor, part: "Part") -> torch.Tensor:
     size = kept.element_size()
-    found = kept[part.offset // size : (part.offset + part.bytes) // size].view(part.dtype)
-    return found if len(part.shape) == 1 else found.view(part.shape)
+    return kept[part.offset // size : (part.offset + part.bytes) // size].view(part.dtype)

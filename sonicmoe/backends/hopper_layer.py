@@ -1,12 +1,13 @@
 """All of a layer's forward behind its logits as one call on an sm_90 GPU: the launches of `top_k`, the plan, both projections and
 gather_sum, in the same kernels with the same numbers as one by one. Its backward is in hopper_layer_backward.py.
 
-Host time is what this is for: one call from Python in place of five, two or three allocations in place of eight, no views. What does
-not outlive the call lies in one tensor, ``scratch``; what backward needs lies in another, ``kept``. Both have x's dtype, for
-`new_empty` without one takes half the time; what lies where is said in bytes by `cute_runtime.launches.Parts`.
+Host time is what this is for: one call from Python in place of five, two to four allocations in place of nine, no views. What does not
+outlive the call lies in one tensor, ``scratch``; what backward needs beside z lies in another, ``kept``. z has its own, because its size
+is often a whole number of MiB, of which PyTorch's allocator wastes nothing. All have x's dtype, for `new_empty` without one takes half
+the time; what lies where is said in bytes by `cute_runtime.launches.Parts`.
 
-    scratch: a (R, I), y (R, H), token_index (R,), row_to_token (R,), the plan's counts; in inference also the parts below but z
-    kept:    z (R, Z), the plan as `dispatch.pack` has it, expert_index (R,), score (R,)
+    scratch: a (R, I), y (R, H), token_index (R,), row_to_token (R,), the plan's counts; in inference also the parts below
+    kept:    the plan as `dispatch.pack` has it, expert_index (R,), score (R,)
 
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rows, Z = 2I for a gated activation, else I.
 """
@@ -32,11 +33,12 @@ class Forward(NamedTuple):
     """The launches of a forward, and the sizes of what it is given to write to."""
 
     launch: Callable[..., int | None]
-    """Of (x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, kept, out); biases and kept may be None.
+    """Of (x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out); biases, z and kept may be None.
 
     None, or which of them the kernels cannot take as it is: then nothing was launched, and the operations one by one say why."""
     scratch: int
     """Elements of x's dtype."""
+    z: tuple[int, int]
     kept: int
     """Likewise, 0 without a backward."""
     parts: dict[str, Part]
@@ -65,7 +67,7 @@ def forward(
         choice: `RouterConfig.choice`.
         up_bias, down_bias: whether the projections have theirs.
         selection_bias: whether the router has one.
-        keep: whether ``kept`` is written, for a backward; else it is not given.
+        keep: whether z and ``kept`` are written, for a backward; else they are not given.
 
     Raises:
         ValueError: settings or sizes that cannot be, in one sentence.
@@ -75,6 +77,7 @@ def forward(
     if (
         backends.resolve(backend, device, dtype) != "hopper"
         or len(w_up) != 3
+        or up_bias is not down_bias
         or hidden % 8
         or w_up[1] % (16 if is_gated(activation) else 8)
     ):
@@ -90,7 +93,7 @@ def forward(
     if apart is None or apart.plan is None:
         return None
     scratch, given_x, given_out = (Parts(name) for name in ("scratch", "x", "out"))
-    kept = keeping(dtype, experts, rows, width) if keep else Parts("kept")
+    kept = keeping(experts, rows) if keep else Parts("kept")
     given_x.add("tokens", dtype, tokens, hidden)
     given_out.add("tokens_out", dtype, tokens, hidden)
     scratch.add("a", dtype, *apart.a)
@@ -112,6 +115,7 @@ def forward(
         "b_down": Given(dtype, (experts, hidden)) if down_bias else None,
         "selection_bias": biased if selection_bias else None,
         "scratch": scratch.given(dtype),
+        "z": Given(dtype, apart.z) if keep else None,
         "kept": kept.given(dtype) if keep else None,
         "out": Given(dtype, tuple(x)),
     }
@@ -122,18 +126,18 @@ def forward(
     calls = [
         (top_k, ("logits", "selection_bias", "token_index", "expert_index", "score", *numbers)),
         (apart.plan.kernel, ("expert_index", *counts, *plan_rows, *apart.plan.numbers)),
-        (apart.up, ("tokens", "w_up", "b_up", *work, "row_to_token", "a", "z" if keep else None, apart.blocks)),
+        (apart.up, ("tokens", "w_up", "b_up", *work, "row_to_token", "a", "z", apart.blocks)),
         # The last two start while the launch before drains: nothing comes between.
         (apart.down, ("a", "w_down", "b_down", *work, "y", apart.blocks, 1)),
         (apart.gather_sum, ("y", "score", "slot_to_row", None, None, "tokens_out", k, 1)),
     ]
-    return Forward(one_call(given, (given_x, given_out, scratch, kept), calls), *scratch.shape(dtype), *kept.shape(dtype), kept.parts)
+    launch = one_call(given, (given_x, given_out, scratch, kept), calls)
+    return Forward(launch, *scratch.shape(dtype), apart.z, *kept.shape(dtype), kept.parts)
 
 
-def keeping(dtype: torch.dtype, experts: int, rows: int, width: int) -> Parts:
-    """What lies where in ``kept``, the Z being ``width``."""
+def keeping(experts: int, rows: int) -> Parts:
+    """What lies where in ``kept``."""
     kept = Parts("kept")
-    kept.add("z", dtype, rows, width)
     _add_indices(kept, experts, rows)
     return kept
 

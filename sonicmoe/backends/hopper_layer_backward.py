@@ -1,7 +1,7 @@
 """The backward of hopper_layer.py, where it is the graph's last one, as two calls: up to dx, and, behind the logits' second product, the
 scores' gradient.
 
-It overwrites in ``kept`` what it has no more use for, z by dz and the score by dscore, and puts the rows of dx where scaled_a was. So it
+It overwrites what it has no more use for, z by dz and, in ``kept``, the score by dscore, and puts the rows of dx where scaled_a was. So it
 takes no more memory than the operations one by one, provided that scaled_a is not the larger one; where it is, they do it.
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rows, Z = 2I for a gated activation, else I.
 """
@@ -24,7 +24,7 @@ class Backward(NamedTuple):
     """The launches of a backward, and the size of what it is given beside results."""
 
     experts: Callable[..., int | None]
-    """Of (dout, x, w_up, w_down, b_down, kept, row_to_token, scratch, dx, dw_up, dw_down, db_up, db_down); dx and biases may be None."""
+    """Of (dout, x, w_up, w_down, b_down, z, kept, row_to_token, scratch, dx, dw_up, dw_down, db_up, db_down); dx and biases may be None."""
     scores: Callable[..., int | None]
     """Of (logits, kept, dlogits)."""
     scratch: int
@@ -46,7 +46,7 @@ def backward(
     rows = tokens * k
     for name, of_expert in (("dw_down", hidden), ("dw_up", width)):
         check_gradient_reach(rows, name, experts, of_expert)
-    kept, scratch = keeping(dtype, experts, rows, width), Parts("scratch")
+    kept, scratch = keeping(experts, rows), Parts("scratch")
     kept.add_over("dscore", "score", torch.float32, rows)
     scratch.add("scaled_a", dtype, rows, columns)
     scratch.add("partial", torch.float32, kernels.partial_lines(columns), rows)
@@ -61,6 +61,7 @@ def backward(
         "w_up": Given(dtype, tuple(w_up)),
         "w_down": Given(dtype, tuple(w_down)),
         "b_down": Given(dtype, (experts, hidden)) if bias else None,
+        "z": Given(dtype, (rows, width)),
         "kept": kept.given(dtype),
         "row_to_token": Given(torch.int32, (rows,)),
         "scratch": scratch.given(dtype),

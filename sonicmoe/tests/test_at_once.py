@@ -174,10 +174,10 @@ def replaced(layer, name):
         "another router": lambda: setattr(router, "__class__", OtherRouter),
         "parametrized weight": lambda: parametrize.register_parametrization(layer, "w_up", Doubling()),
         "parametrized router": lambda: parametrize.register_parametrization(router, "weight", Doubling()),
-        "token rounding": lambda: setattr(layer, "router_config", RouterConfig(k=K, method="token_rounding", tile_m=8)),
         "reference": lambda: setattr(layer, "backend", "reference"),
         "frozen weight": lambda: layer.w_down.requires_grad_(False),
         "frozen router": lambda: router.requires_grad_(False),
+        "one bias of two": lambda: setattr(layer, "b_down", None),
     }
     changes[name]()
     return layer
@@ -187,11 +187,11 @@ def replaced(layer, name):
     "name",
     [
         *("forward hook", "forward pre-hook", "backward hook", "another forward", "another router", "parametrized weight"),
-        *("parametrized router", "reference", "frozen weight", "frozen router"),
+        *("parametrized router", "reference", "frozen weight", "frozen router", "one bias of two"),
     ],
 )
 def test_what_others_have_a_say_in_takes_the_general_path(stand_ins, taken, name):
-    layer, x = replaced(make_layer(), name), draw().requires_grad_()
+    layer, x = replaced(make_layer(bias="bias" in name), name), draw().requires_grad_()
     got = run(layer, x)
     with backends.one_by_one():
         same(got, run(layer, x))

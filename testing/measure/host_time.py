@@ -96,7 +96,7 @@ def parts(layer: MoE, x: torch.Tensor) -> dict[str, Function]:
         torch.empty_like(x)
 
     def launch() -> None:
-        if forward.launch(x, logits, w_up, w_down, None, None, None, scratch, None, out) is not None:
+        if forward.launch(x, logits, w_up, w_down, None, None, None, scratch, None, None, out) is not None:
             raise RuntimeError("the layer's tensors are not as its launches take them")
 
     found |= {"allocations": allocate, "launches": launch, "launch": lambda: gather_sum(y, score, slot_to_row, None, None, out, k, 0)}
