@@ -89,20 +89,17 @@ def prepare() -> None:
 
 def _prepare() -> None:
     with contextlib.suppress(ImportError, RuntimeError, AssertionError, OSError):  # AssertionError: a torch without CUDA
-        _share_runtime_libraries(gpu=True)
+        _share_tvm_ffi()
+        _share_cuda_runtime()
 
 
 def _open(path: Path, *, gpu: bool) -> Callable[..., None]:
-    _share_runtime_libraries(gpu=gpu)
-    import tvm_ffi
-
-    return tvm_ffi.load_module(str(path))[FUNCTION]
-
-
-def _share_runtime_libraries(*, gpu: bool) -> None:
     if gpu:
         _share_cuda_runtime()
     _share_tvm_ffi()
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(path))[FUNCTION]
 
 
 @functools.cache

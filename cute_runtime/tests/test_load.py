@@ -209,12 +209,13 @@ def test_kernel_is_opened_once_per_process(variant, tmp_path, monkeypatch):
 def test_preparing_happens_once_in_a_thread_and_leaves_errors_to_load(variant, tmp_path, monkeypatch):
     threads = []
 
-    def share(*, gpu):
+    def share():
         threads.append(threading.current_thread())
         raise RuntimeError("no GPU")
 
     put(tmp_path / "prebuilt", variant)
-    monkeypatch.setattr(finder, "_share_runtime_libraries", share)
+    monkeypatch.setattr(finder, "_share_tvm_ffi", lambda: None)
+    monkeypatch.setattr(finder, "_share_cuda_runtime", share)
     prepare.cache_clear()
     prepare()
     prepare()

@@ -24,7 +24,7 @@ PARTS = {
     "libraries_ms": "tvm_ffi and the CUDA runtime, until kernels can use them",
     "find_ms": "finding the kernels' objects, which are checked",
     "open_ms": "loading them",
-    "launch_ms": "the first launch of each",
+    "launch_ms": "their first launches, in one call",
     "wait_ms": "until the GPU is done",
 }
 
@@ -53,28 +53,26 @@ class Clock:
     def watch(self) -> Callable[[], None]:
         """Time the functions that the parts are spent in; returns what puts the right ones back."""
         loader = importlib.import_module("cute_runtime.load")  # `cute_runtime.load` is the function of that name
-        linalg = importlib.import_module("routing.linalg")
-        right = [(loader, name, getattr(loader, name)) for name in ("find", "_share_runtime_libraries", "_open")]
-        right.append((linalg, "matmul", linalg.matmul))
-
-        def open_timed(*args: Any, **options: Any) -> Callable[..., None]:
-            return self._first_timed(right[2][2](*args, **options))
-
-        loader.find = self.timed("find_ms", loader.find)
-        loader._share_runtime_libraries = self.timed("libraries_ms", loader._share_runtime_libraries)
-        loader._open = self.timed("open_ms", open_timed)
-        linalg.matmul = self.timed("product_ms", linalg.matmul)
+        linalg, launches = (importlib.import_module(name) for name in ("routing.linalg", "cute_runtime.launches"))
+        watched = [
+            ("product_ms", linalg, "matmul"),
+            ("libraries_ms", loader, "_share_tvm_ffi"),
+            ("libraries_ms", loader, "_share_cuda_runtime"),
+            ("find_ms", loader, "find"),
+            ("open_ms", loader, "_open"),
+        ]
+        right = [(module, name, getattr(module, name)) for _, module, name in watched]
+        for (part, *_), (module, name, function) in zip(watched, right, strict=True):
+            setattr(module, name, self.timed(part, function))
+        one_call = launches.one_call
+        right.append((launches, "one_call", one_call))
+        launches.one_call = lambda *args: self.timed("launch_ms", one_call(*args))
 
         def restore() -> None:
             for module, name, function in right:
                 setattr(module, name, function)
 
         return restore
-
-    def _first_timed(self, kernel: Callable[..., None]) -> Callable[..., None]:
-        """The kernel, its first launch timed."""
-        launches = [self.timed("launch_ms", kernel)]
-        return lambda *args: (launches.pop() if launches else kernel)(*args)
 
 
 def main(argument: str) -> int:
