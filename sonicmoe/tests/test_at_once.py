@@ -229,6 +229,18 @@ def test_what_more_is_asked_of_a_layer_takes_the_general_path(stand_ins, taken):
     assert taken == [True]
 
 
+def test_a_compiled_layer_takes_the_general_path(stand_ins, taken):
+    layer, x = make_layer(), draw().requires_grad_()
+    want = run(layer, x)
+    stand_ins.launched.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out = compiled(x)
+    same([out, *torch.autograd.grad((out.float() * out.detach().float().cos()).sum(), [x, *layer.parameters()])], want)
+    assert stand_ins.launched == LAUNCHES + BACKWARD
+    assert not any(taken[1:])
+
+
 @pytest.mark.parametrize("change", ["strided x", "misaligned x", "strided w_down", "w_down of another dtype", "w_down of another shape"])
 def test_tensors_that_no_kernel_takes_are_refused_by_the_general_path_before_any_launch(stand_ins, taken, change):
     layer, x = make_layer(), draw()
