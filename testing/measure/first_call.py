@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +31,18 @@ PARTS = {
 
 
 class Clock:
-    """Milliseconds by part, each without the parts that it calls."""
+    """Milliseconds by part, each without the parts that it calls, on the thread that makes the clock: others call the same functions."""
 
     def __init__(self) -> None:
+        self._thread = threading.get_ident()
         self.ms = dict.fromkeys(PARTS, 0.0)
         self._within = [0.0]
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **options: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return function(*args, **options)
             self._within.append(0.0)
             begin = time.perf_counter()
             try:

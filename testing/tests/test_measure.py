@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import subprocess
+import threading
 import types
 from pathlib import Path
 
@@ -127,6 +128,9 @@ def test_a_first_calls_parts_are_each_without_those_that_they_call(monkeypatch):
     monkeypatch.setattr(launches, "one_call", lambda kernel: takes(8, kernel))
     clock = first_call.Clock()
     restore = clock.watch()
+    other = threading.Thread(target=loader._share_tvm_ffi)  # as cute_runtime.prepare's
+    other.start()
+    other.join()
     assert launches.one_call(cute_runtime.load(cute_runtime.Variant("toy.kernels.gemm")))() == "kernel"
     restore()
     assert loader._open is open_object
