@@ -66,9 +66,10 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         self.tile = tile
         self.boxes_per_unit = 2 if self.gated and not self.interleaved else 1
         self.units = tile.n // self.width_of_unit
+        self.boxes = self.units * self.boxes_per_unit
         room = 1 + tile.n // tile.m
         self.boxes_per_stage = room // self.boxes_per_unit * self.boxes_per_unit
-        self.input_stages = -(-self.units * self.boxes_per_unit // self.boxes_per_stage)
+        self.input_stages = -(-self.boxes // self.boxes_per_stage)
         self.chunk_units = TILE_K // self.width_of_unit
         self.loaded_groups = 4 if tile.consumers == 2 else 1  # z of as many groups is in registers at a time
         self.warp_store = WarpStore(dtype)
@@ -78,16 +79,11 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         """Columns of da."""
         return 32 if self.interleaved else 64
 
-    def boxes_of_stage(self, number: int) -> list[int]:
-        """The boxes of a tile's input that its ``number``-th stage of input holds."""
-        first = number * self.boxes_per_stage
-        return list(range(first, min(first + self.boxes_per_stage, self.units * self.boxes_per_unit)))
-
-    def columns_of_box(self, box: int, column_tile) -> tuple:
-        """(part, first column in it)."""
+    def column_of_box(self, box, column_tile):
+        """The first column, in its part, of a tile's box; its part is the remainder by ``boxes_per_unit``."""
         if self.interleaved:
-            return 0, column_tile * (2 * self.tile_n) + box * TILE_K
-        return box % self.boxes_per_unit, column_tile * self.tile_n + box // self.boxes_per_unit * TILE_K
+            return column_tile * (2 * self.tile_n) + box * TILE_K
+        return column_tile * self.tile_n + box // self.boxes_per_unit * TILE_K
 
     def prepare(self, z, score, row_slot, columns, dz, scaled_a, partial) -> tuple:
         """z and dz (rows, columns, parts), scaled_a (rows, columns, 1)."""
@@ -127,20 +123,20 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
         return staging + warp * (2 * ROWS * TILE_K) + chunk % 2 * ROWS * TILE_K
 
-    def _own_bytes(self, box: cute.Pointer, lane):
-        """Address of a thread's elements of group 0, first half, in a box of this consumer's 64 rows. A group lies ``^ group * 32`` bytes
+    def _own_bytes(self, lane):
+        """Where a thread's elements of group 0, first half, lie in a box of its consumer's 64 rows. A group lies ``^ group * 32`` bytes
         from there (16 for a part of its own), for the swizzle is an exclusive or too; the second half 8 rows below."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
         line, quarter = lane // 4, lane % 4
-        begin = box.toint() + warp * (ROWS * 128) + line * 128
+        begin = warp * (ROWS * 128) + line * 128
         if self.interleaved:
             return begin + ((quarter // 2 ^ line) * 16 + quarter % 2 * 8)
         return begin + (line * 16 + quarter * 4)
 
-    def _load_group(self, own: list, group: int) -> dict:
+    def _load_group(self, boxes: list, own, group: int) -> dict:
         """z of a group of 8 columns of da: for each half the addresses and the registers."""
-        step = 32 if self.interleaved else 16
-        at = [ptx.exclusive_or(begin, group * step) for begin in own]
+        within = ptx.exclusive_or(own, group * (32 if self.interleaved else 16))
+        at = [box.toint() + within for box in boxes]
         found = {}
         for half in range(2):
             places = [begin + half * 8 * 128 for begin in at]
@@ -154,11 +150,11 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         if self.scaled_a and unit % self.chunk_units == 0 and unit >= 2 * self.chunk_units:
             self.wait_until_read(self.chunk_units)  # the chunk before last, whose buffer this is
         lane = self._lane()
-        own = [self._own_bytes(box, lane) for box in boxes]
+        own = self._own_bytes(lane)
         loaded, scaled = {}, {}
         for group in range(groups):
             if group % self.loaded_groups == 0:
-                loaded = {ahead: self._load_group(own, ahead) for ahead in range(group, group + self.loaded_groups)}
+                loaded = {ahead: self._load_group(boxes, own, ahead) for ahead in range(group, group + self.loaded_groups)}
             for half in range(2):
                 places, registers = loaded[group][half]
                 da = [accumulators[(unit * groups + group) * 4 + half * 2 + i] for i in range(2)]
@@ -193,8 +189,8 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
         cute.arch.sync_warp()
         if const_expr(self.dz):
             for i in cutlass.range_constexpr(self.boxes_per_unit):
-                part, column = self.columns_of_box(unit * self.boxes_per_unit + i, column_tile)
-                self.warp_store.send(args[3], boxes[i] + warp * const_expr(ROWS * TILE_K), mine, row_end, column, part)
+                column = self.column_of_box(unit * self.boxes_per_unit + i, column_tile)
+                self.warp_store.send(args[3], boxes[i] + warp * const_expr(ROWS * TILE_K), mine, row_end, column, i)
         if const_expr(self.scaled_a and (unit + 1) % self.chunk_units == 0):
             chunk = const_expr(unit // self.chunk_units)
             column = column_tile * self.tile_n + const_expr(chunk * TILE_K)

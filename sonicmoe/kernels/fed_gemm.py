@@ -34,11 +34,11 @@ class FedGemm(GroupedGemm):
         super().__init__(tile=tile, dtype=dtype, gather=True, gated=False, epilogue=epilogue, ticket=ticket, transposed_b=transposed_b)
         self.input_stages = epilogue.input_stages
 
-    def _box_at(self, pointers: tuple, box: int, stage):
+    def _box_at(self, inputs: tuple, box: int, stage):
         """Where the ``box``-th box of a stage begins."""
         if box == 0:
-            return pointers[0] + stage * const_expr(self.tile.m * TILE_K)
-        return pointers[1] + (stage * const_expr(self.tile.n * TILE_K) + const_expr((box - 1) * self.tile.m * TILE_K))
+            return inputs[1] + stage * const_expr(self.tile.m * TILE_K)
+        return inputs[2] + (stage * const_expr(self.tile.n * TILE_K) + const_expr((box - 1) * self.tile.m * TILE_K))
 
     @cute.jit
     def _next(self, stage: Int32, phase: Int32):
@@ -49,26 +49,29 @@ class FedGemm(GroupedGemm):
         return stage, phase
 
     @cute.jit
-    def _load_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, row, row_end, column):
+    def _load_input(self, inputs: tuple, stage, phase, row, row_end, column):
         tile = self.tile
+        epilogue_args, _, _, full, empty = inputs
         atom, tensor, _ = epilogue_args[0]
         atom_layout = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         layout = cute.tile_to_shape(atom_layout, (tile.m, TILE_K), order=(0, 1))
         whole = row + tile.m <= row_end
-        for number in cutlass.range_constexpr(self.input_stages):
-            boxes = self.epilogue.boxes_of_stage(number)
+        per_stage = const_expr(self.epilogue.boxes_per_stage)
+        for number in cutlass.range(self.input_stages, unroll=1):
             cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
             arriving = Int32(0)
             if whole:
-                arriving = Int32(len(boxes) * tile.m * TILE_K * 2)
+                arriving = cutlass.min(self.epilogue.boxes - number * per_stage, per_stage) * const_expr(tile.m * TILE_K * 2)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, arriving)
-            if whole:
-                for place in cutlass.range_constexpr(len(boxes)):
-                    part, offset = self.epilogue.columns_of_box(boxes[place], column)
-                    pointer = self._box_at(pointers, place, stage)
+            for place in cutlass.range_constexpr(per_stage):
+                box = number * per_stage + place
+                if whole & (box < self.epilogue.boxes):
+                    pointer = self._box_at(inputs, place, stage)
                     shared = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=self.dtype), layout.outer)
-                    source = cute.local_tile(cute.domain_offset((row, offset), tensor[None, None, part]), (tile.m, TILE_K), (0, 0))
+                    part = const_expr(place % self.epilogue.boxes_per_unit)
+                    at = (row, self.epilogue.column_of_box(box, column))
+                    source = cute.local_tile(cute.domain_offset(at, tensor[None, None, part]), (tile.m, TILE_K), (0, 0))
                     to_shared, from_memory = cpasync.tma_partition(
                         atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2)
                     )
@@ -77,15 +80,16 @@ class FedGemm(GroupedGemm):
         return stage, phase
 
     @cute.jit
-    def _gather_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, record: tuple, warp: Int32):
+    def _gather_input(self, inputs: tuple, stage, phase, record: tuple, warp: Int32):
         """Rows of a tail, passes of 4 as in `_gather`; of a whole tile only the arrivals."""
         tile = self.tile
+        epilogue_args, _, _, full, empty = inputs
         _, _, z = epilogue_args[0]
         row, row_end, column = record[1], record[2], record[3]
         tail = (row < row_end) & (row + tile.m > row_end)
         piece = cute.arch.lane_idx() % 8
-        for number in cutlass.range_constexpr(self.input_stages):
-            boxes = self.epilogue.boxes_of_stage(number)
+        per_stage = const_expr(self.epilogue.boxes_per_stage)
+        for number in cutlass.range(self.input_stages, unroll=1):
             cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
             if tail:
                 for turn in cutlass.range(warp, const_expr(tile.m // 4), GATHER_WARPS, unroll=1):
@@ -93,13 +97,14 @@ class FedGemm(GroupedGemm):
                     mine = cutlass.min(row + line, row_end - 1)
                     source = z.iterator.toint() + Int64(mine) * (z.stride[0] * 2)
                     at = line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
-                    for place in cutlass.range_constexpr(len(boxes)):
-                        part, offset = self.epilogue.columns_of_box(boxes[place], column)
-                        first = offset + piece * 8
-                        inside = (row + line < row_end) & (first < z.shape[1])
+                    for place in cutlass.range_constexpr(per_stage):
+                        box = number * per_stage + place
+                        first = self.epilogue.column_of_box(box, column) + piece * 8
+                        inside = (row + line < row_end) & (box < self.epilogue.boxes) & (first < z.shape[1])
                         wanted = cutlass.select_(inside, Int32(16), Int32(0))
+                        part = const_expr(place % self.epilogue.boxes_per_unit)
                         begin = Int64(part) * z.stride[2] + cutlass.select_(inside, first, Int32(0))
-                        ptx.copy_16_bytes_async(self._box_at(pointers, place, stage).toint() + at, source + begin * 2, wanted)
+                        ptx.copy_16_bytes_async(self._box_at(inputs, place, stage).toint() + at, source + begin * 2, wanted)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
             stage, phase = self._next(stage, phase)
         return stage, phase
@@ -108,9 +113,10 @@ class FedGemm(GroupedGemm):
         return self.epilogue.begin(epilogue_args, row, row_end)
 
     @cute.jit
-    def _store(self, accumulators, epilogue_args, held, where: tuple, pointers, full, empty, stage, phase, staging, consumer):
+    def _store(self, accumulators, inputs: tuple, held: tuple, where: tuple, stage, phase, staging, consumer):
         """A stage is given back one unit of columns later than its last one is on its way to memory, so that nobody waits for that."""
         epilogue = self.epilogue
+        epilogue_args, _, _, full, empty = inputs
         _, row, end, column = where
         last = stage
         for unit in cutlass.range_constexpr(epilogue.units):
@@ -120,7 +126,7 @@ class FedGemm(GroupedGemm):
                     stage, phase = self._next(stage, phase)
                 cute.arch.mbarrier_wait(full + stage, phase)
             first = const_expr(unit * epilogue.boxes_per_unit % epilogue.boxes_per_stage)
-            boxes = [self._box_at(pointers, first + i, stage) + consumer * const_expr(64 * TILE_K) for i in range(epilogue.boxes_per_unit)]
+            boxes = [self._box_at(inputs, first + i, stage) + consumer * const_expr(64 * TILE_K) for i in range(epilogue.boxes_per_unit)]
             epilogue.compute(accumulators, unit, epilogue_args, held, boxes, staging)
             epilogue.send(unit, epilogue_args, boxes, staging, row, end, column)
             if const_expr(begins and unit > 0):

@@ -225,7 +225,7 @@ class GroupedGemm:
         records = storage.records.get_tensor(cute.make_layout((self.record, SCHEDULE_SLOTS)))
         shared_a = storage.a.get_tensor(layout_a.outer, swizzle=layout_a.inner)
         shared_b = storage.b.get_tensor(layout_b.outer, swizzle=layout_b.inner)
-        pointers = (storage.a.data_ptr(), storage.b.data_ptr())
+        inputs = (epilogue_args, storage.a.data_ptr(), storage.b.data_ptr(), full, empty)
 
         if const_expr(self.has_dependents):
             cute.arch.griddepcontrol_launch_dependents()
@@ -266,28 +266,21 @@ class GroupedGemm:
                     rank,
                     offsets,
                     column_tiles,
-                    pointers,
-                    epilogue_args,
+                    inputs,
                 )
             elif const_expr(self.gather):
-                ring = (records, record_full, record_empty)
-                self._gather(a, row_token, pointers, full, empty, ring, warp - 1, epilogue_args)
+                self._gather(a, row_token, (records, record_full, record_empty), warp - 1, inputs)
         else:
             cute.arch.setmaxregister_increase(tile.registers(gather=self.gather)[1])
             self._consume(
                 tiled_mma,
                 shared_a,
                 shared_b,
-                full,
-                empty,
-                records,
-                record_full,
-                record_empty,
+                (records, record_full, record_empty),
                 a.shape[1],
                 warp // 4 - 1,
-                pointers,
                 storage.staging.data_ptr(),
-                epilogue_args,
+                inputs,
             )
         if const_expr(tile.cluster > 1):
             # The other block may still have copies or arrivals under way to this one.
@@ -302,24 +295,7 @@ class GroupedGemm:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(
-        self,
-        tma_a,
-        a,
-        shared_a,
-        tma_b,
-        b,
-        shared_b,
-        full,
-        empty,
-        ring: tuple,
-        tickets: tuple,
-        rank,
-        offsets,
-        column_tiles,
-        pointers: tuple,
-        epilogue_args: tuple,
-    ):
+    def _load(self, tma_a, a, shared_a, tma_b, b, shared_b, full, empty, ring: tuple, tickets: tuple, rank, offsets, column_tiles, inputs):
         """Warp 0: publishes each tile's record, one tile ahead, and loads the boxes of B and, for a dense A, its rows."""
         tile = self.tile
         block, _, _ = cute.arch.block_idx()
@@ -373,7 +349,7 @@ class GroupedGemm:
                     slot, lap = next_slot(slot, lap, 1)
                     walk, record = self._find(walk, wanted, offsets, column_tiles, width, rank)
                     publish_tile(record, *ring, slot, lap)
-            stage, phase = self._load_input(epilogue_args, pointers, full, empty, stage, phase, row, row_end, column)
+            stage, phase = self._load_input(inputs, stage, phase, row, row_end, column)
             if const_expr(self.waits_for_a):
                 ahead = Int32(0)
         if const_expr(tile.pingpong):
@@ -410,11 +386,12 @@ class GroupedGemm:
             if (cute.arch.lane_idx() == 0) & (drawn == clusters + tiles - 1):
                 cute.make_tensor(counter, cute.make_layout((1,)))[0] = 0
 
-    def _load_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, row, row_end, column) -> tuple:
-        """The tile's ``input_stages``, by warp 0; the ring's position behind them."""
+    def _load_input(self, inputs: tuple, stage, phase, row, row_end, column) -> tuple:
+        """The tile's ``input_stages``, by warp 0; the ring's position behind them. ``inputs``: epilogue_args, where A's and where B's
+        stages begin, full, empty."""
         return stage, phase
 
-    def _gather_input(self, epilogue_args: tuple, pointers: tuple, full, empty, stage, phase, record: tuple, warp) -> tuple:
+    def _gather_input(self, inputs: tuple, stage, phase, record: tuple, warp) -> tuple:
         """What the gathering warps add to them."""
         return stage, phase
 
@@ -482,9 +459,10 @@ class GroupedGemm:
         return (*cpasync.tma_partition(tma_b, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(source, 0, 2)), half)
 
     @cute.jit
-    def _gather(self, a, row_token, pointers: tuple, full, empty, ring: tuple, warp: Int32, epilogue_args: tuple):
+    def _gather(self, a, row_token, ring: tuple, warp: Int32, inputs: tuple):
         """Warps 1-3: passes of 4 rows in turn, eight lanes a row, so that 128 bytes of a row are one transaction."""
         tile = self.tile
+        _, shared_a, _, full, empty = inputs
         passes = const_expr(tile.m // 4)
         turns = const_expr((passes + GATHER_WARPS - 1) // GATHER_WARPS)  # of each warp; the last one only of the first warps
         stride = const_expr(GATHER_WARPS * 4 * TILE_K * 2)  # bytes from a warp's pass to its next
@@ -492,7 +470,7 @@ class GroupedGemm:
         piece = cute.arch.lane_idx() % 8
         columns = a.shape[1]
         k_tiles = cute.ceil_div(columns, TILE_K)
-        first = pointers[0].toint() + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
+        first = shared_a.toint() + line * (TILE_K * 2) + ((piece ^ (line % 8)) * 16)
         inside = cute.ceil_div(columns - piece * 8, TILE_K)  # k tiles in which this lane's piece is not beyond the last column
         begins = cute.make_rmem_tensor((turns,), Int32)  # where this lane's pieces of its rows begin, in units of 16 bytes
 
@@ -537,27 +515,13 @@ class GroupedGemm:
                 if stage == tile.stages:
                     stage = Int32(0)
                     phase ^= 1
-            stage, phase = self._gather_input(epilogue_args, pointers, full, empty, stage, phase, record, warp)
+            stage, phase = self._gather_input(inputs, stage, phase, record, warp)
             slot, lap = next_slot(slot, lap, 1)
             record = read_tile(*ring, slot, lap)
 
     @cute.jit
-    def _consume(
-        self,
-        tiled_mma,
-        shared_a,
-        shared_b,
-        full,
-        empty,
-        records,
-        record_full,
-        record_empty,
-        width,
-        consumer,
-        pointers,
-        staging,
-        epilogue_args,
-    ):
+    def _consume(self, tiled_mma, shared_a, shared_b, ring: tuple, width, consumer, staging, inputs: tuple):
+        epilogue_args, _, pointer_b, full, empty = inputs
         tile = self.tile
         place = Int32(0) if const_expr(tile.pingpong) else consumer  # among the consumers of one tile
         slice_of = tiled_mma.get_slice(place * 128)
@@ -576,12 +540,12 @@ class GroupedGemm:
             stage, phase = self._skip(stage, phase, cute.ceil_div(width, TILE_K) * consumer)
             if consumer == 1:
                 self._pass_turn(consumer)
-        record = read_tile(records, record_full, record_empty, slot, lap)
+        record = read_tile(*ring, slot, lap)
         while record[0] >= 0:
             k_tiles = self._k_tiles(record, width)
             first, end = self._outputs(record, width)
             my_row = first + place * 64
-            tail = (pointers[1], record[2] - record[1], end - first)
+            tail = (pointer_b, record[2] - record[1], end - first)
             if const_expr(tile.pingpong):
                 cute.arch.barrier(barrier_id=TURN_BARRIER + consumer, number_of_threads=256)
             if my_row < end:
@@ -590,15 +554,13 @@ class GroupedGemm:
                     tiled_mma, accumulators, fragments_a, fragments_b, full, empty, stage, phase, k_tiles, consumer, tail
                 )
                 where = (record[0], my_row, end, record[3])
-                stage, phase = self._store(
-                    accumulators, epilogue_args, held, where, pointers, full, empty, stage, phase, my_staging, consumer
-                )
+                stage, phase = self._store(accumulators, inputs, held, where, stage, phase, my_staging, consumer)
             else:
                 stage, phase = self._follow(full, empty, stage, phase, k_tiles + self.input_stages, consumer)
             if const_expr(tile.pingpong):
                 stage, phase = self._skip(stage, phase, k_tiles)
             slot, lap = next_slot(slot, lap, step)
-            record = read_tile(records, record_full, record_empty, slot, lap)
+            record = read_tile(*ring, slot, lap)
         self.epilogue.finish(consumer)
 
     def _begin(self, epilogue_args: tuple, row, row_end):
@@ -606,13 +568,13 @@ class GroupedGemm:
         return ()
 
     @cute.jit
-    def _store(self, accumulators, epilogue_args, held, where: tuple, pointers, full, empty, stage, phase, staging, consumer):
+    def _store(self, accumulators, inputs: tuple, held: tuple, where: tuple, stage, phase, staging, consumer):
         """The epilogue of a tile: ``where`` is the expert, the first of this consumer's rows, their end, and the tile of columns."""
         expert, row, end, column = where
         for block in cutlass.range_constexpr(self.row_blocks):
             block_row = row + block * (64 * self.group_size)
             if block_row < end:
-                self.epilogue.store(accumulators, block, epilogue_args, expert, block_row, end, column, staging, consumer)
+                self.epilogue.store(accumulators, block, inputs[0], expert, block_row, end, column, staging, consumer)
         return stage, phase
 
     def _outputs(self, record, width):

@@ -81,15 +81,16 @@ class RowReduction(GroupedGemm):
         return [(*box, half) for half in ((0, 1) if self.tile.cluster == 1 else (rank,))]
 
     @cute.jit
-    def _gather(self, a, row_token, pointers: tuple, full, empty, ring: tuple, warp: Int32, epilogue_args: tuple):
+    def _gather(self, a, row_token, ring: tuple, warp: Int32, inputs: tuple):
         """Warps 1-3: passes of 4 rows in turn, eight lanes the 128 bytes of a row in each block of 64 columns."""
         tile = self.tile
+        _, shared_a, _, full, empty = inputs
         passes = const_expr(TILE_K // 4)
         turns = const_expr((passes + GATHER_WARPS - 1) // GATHER_WARPS)  # of each warp; the last one only of the first warps
         line = warp * 4 + cute.arch.lane_idx() // 8
         piece = cute.arch.lane_idx() % 8
         width = a.shape[1]
-        first = pointers[0].toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+        first = shared_a.toint() + line * 128 + ((piece ^ (line % 8)) * 16)
         begins = cute.make_rmem_tensor((turns,), Int32)  # where this lane's pieces of its rows begin, in units of 16 bytes
         wanted = cute.make_rmem_tensor((tile.m // 64,), Int32)
 
