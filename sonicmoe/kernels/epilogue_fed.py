@@ -20,19 +20,20 @@ ROWS = 16
 """Of a warp."""
 
 
+def box_layout(dtype: type[cutlass.Numeric], rows: int):
+    """Of rows x 64 columns in shared memory, 128-byte swizzle."""
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype), (rows, TILE_K), order=(0, 1))
+
+
 class WarpStore:
     """Stores chunks of 16 rows x 64 columns, by one warp, of a row-major output seen as (rows, columns, parts)."""
 
-    def __init__(self, dtype: type[cutlass.Numeric], rows: int = ROWS) -> None:
+    def __init__(self, dtype: type[cutlass.Numeric]) -> None:
         self.dtype = dtype
-        self.rows = rows
-
-    def layout(self):
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
-        return cute.tile_to_shape(atom, (self.rows, TILE_K), order=(0, 1))
 
     def prepare(self, out: cute.Tensor) -> tuple:
-        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, self.layout(), (self.rows, TILE_K))
+        layout = box_layout(self.dtype, ROWS)
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, (ROWS, TILE_K))
         return atom, tensor, out
 
     @cute.jit
@@ -40,7 +41,7 @@ class WarpStore:
         """What the warp has written at ``pointer`` to rows [row, min(row + 16, row_end)); joins the warp's next bulk group."""
         atom, tensor, out = args
         if row + ROWS <= row_end:
-            layout = self.layout()
+            layout = box_layout(self.dtype, ROWS)
             shared = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=self.dtype), layout.outer)
             target = cute.local_tile(cute.domain_offset((row, column), tensor[None, None, part]), (ROWS, TILE_K), (0, 0))
             to_shared, to_memory = cpasync.tma_partition(
@@ -87,8 +88,8 @@ class FedActivationBackwardEpilogue(ActivationBackwardEpilogue):
 
     def prepare(self, z, score, row_slot, columns, dz, scaled_a, partial) -> tuple:
         """z and dz (rows, columns, parts), scaled_a (rows, columns, 1)."""
-        box = WarpStore(self.dtype, self.tile.m).layout()
-        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), z, box, (self.tile.m, TILE_K))
+        rows = self.tile.m
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), z, box_layout(self.dtype, rows), (rows, TILE_K))
         return (
             (atom, tensor, z),
             score,

@@ -17,16 +17,16 @@ overwriting with its dz.
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.epilogue_fed import FedActivationBackwardEpilogue
+from sonicmoe.kernels.epilogue_fed import FedActivationBackwardEpilogue, box_layout
 from sonicmoe.kernels.grouped_gemm import GATHER_WARPS, GroupedGemm
 from sonicmoe.kernels.tiles import TILE_K, Tile
 
 
 class FedGemm(GroupedGemm):
-    """Gathered A, and ``epilogue`` with ``boxes``, ``boxes_per_stage``, ``begin`` and ``store_fed`` (epilogue_fed.py)."""
+    """Gathered A, consumers of 64 rows each, and an epilogue whose input is boxes (epilogue_fed.py)."""
 
     def __init__(
         self, *, tile: Tile, dtype: type[cutlass.Numeric], epilogue: FedActivationBackwardEpilogue, ticket: int, transposed_b: bool
@@ -53,8 +53,7 @@ class FedGemm(GroupedGemm):
         tile = self.tile
         epilogue_args, _, _, full, empty = inputs
         atom, tensor, _ = epilogue_args[0]
-        atom_layout = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
-        layout = cute.tile_to_shape(atom_layout, (tile.m, TILE_K), order=(0, 1))
+        layout = box_layout(self.dtype, tile.m)
         whole = row + tile.m <= row_end
         per_stage = const_expr(self.epilogue.boxes_per_stage)
         for number in cutlass.range(self.input_stages, unroll=1):
