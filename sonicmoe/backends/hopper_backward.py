@@ -71,12 +71,12 @@ def activation_backward(
     )
     dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
     scaled_a = z.new_empty(rows, columns) if need_scaled_a else None
-    partial = weights.new_empty(partial_lines(columns), rows) if need_dscore else None
+    partial = weights.new_empty(partial_lines(rows, w_down.shape[0], columns), rows) if need_dscore else None
     dscore = torch.empty_like(weights) if need_dscore else None
     if rows == 0:
         return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
     wanted = {"dz": need_dz, "dscore": need_dscore, "scaled_a": need_scaled_a}
-    kernel = activation_backward_kernel(columns, dout.dtype, activation, gate_up_layout, transposed=transposed, **wanted)
+    kernel = activation_backward_kernel(rows, w_down.shape[0], dout.dtype, activation, gate_up_layout, transposed=transposed, **wanted)
     with cute_runtime.on_device(dout.device):
         kernel(
             dout,
@@ -182,19 +182,19 @@ def _bias_grad(rows: torch.Tensor, plan: DispatchPlan, score: torch.Tensor | Non
 
 
 def activation_backward_kernel(
-    columns: int, dtype: torch.dtype, activation: str, gate_up_layout: str, *, transposed: bool = False, **wanted: bool
+    rows: int, experts: int, dtype: torch.dtype, activation: str, gate_up_layout: str, *, transposed: bool = False, **wanted: bool
 ) -> Callable[..., None]:
     """(dout, w_down, z, score, offsets, tickets, row_to_token, row_to_slot, dz | None, scaled_a | None, partial | None, blocks), where
     partial has a line for each of the tile's columns and ``wanted`` is dz, dscore, scaled_a."""
     interleaved = is_gated(activation) and gate_up_layout == "interleaved"
-    tile = activation_backward_tile(columns=columns)
+    tile = activation_backward_tile(rows=rows, experts=experts)
     options = {"dtype": DTYPES[dtype], "activation": activation, "interleaved": interleaved, "transposed": transposed}
     return _kernel(variants.activation_backward(tile=tile, **options, **wanted))
 
 
-def partial_lines(columns: int) -> int:
+def partial_lines(rows: int, experts: int, columns: int) -> int:
     """Lines of activation_backward's partial sums for I=columns."""
-    return -(-columns // activation_backward_tile(columns=columns).n)
+    return -(-columns // activation_backward_tile(rows=rows, experts=experts).n)
 
 
 def score_grad_kernel(dtype: torch.dtype, bias: bool) -> Callable[..., None]:

@@ -49,7 +49,7 @@ def backward(
     kept, scratch = keeping(experts, rows), Parts("scratch")
     kept.add_over("dscore", "score", torch.float32, rows)
     scratch.add("scaled_a", dtype, rows, columns)
-    scratch.add("partial", torch.float32, kernels.partial_lines(columns), rows)
+    scratch.add("partial", torch.float32, kernels.partial_lines(rows, experts, columns), rows)
     if scratch.bytes > rows * hidden * dtype.itemsize:
         return None
     if need_x:
@@ -72,7 +72,7 @@ def backward(
         "db_down": Given(dtype, (experts, hidden)) if bias else None,
     }
     work, each = ("offsets", "tickets"), blocks(device)
-    first = kernels.activation_backward_kernel(columns, dtype, activation, gate_up_layout, dz=True, dscore=True, scaled_a=True)
+    first = kernels.activation_backward_kernel(rows, experts, dtype, activation, gate_up_layout, dz=True, dscore=True, scaled_a=True)
     with_bias = ("dout", "b_down", "offsets", "row_to_token") if bias else (None,) * 4
     calls = [(first, ("dout", "w_down", "z", "score", *work, "row_to_token", "row_to_slot", "z", "scaled_a", "partial", each))]
     if bias:

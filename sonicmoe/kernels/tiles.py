@@ -122,8 +122,8 @@ SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 them, 128 KiB of weights in flight, and no consumer without rows."""
 
 WIDE_FED, LONE_FED, TALL_FED, PAIR_FED = (dataclasses.replace(tile, fed=True) for tile in (WIDE, LONE, TALL, PAIR))
-"""Candidates for the activation's backward, in no rule yet: z through the stages, dz back over it in shared memory. Their epilogue needs
-so few registers that three consumers have them too."""
+"""Of the activation's backward: z through the stages, dz back over it in shared memory. Their epilogue needs so few registers that three
+consumers have them too. TALL_FED is a candidate, in no rule yet."""
 
 TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL, WIDE_FED, LONE_FED, TALL_FED, PAIR_FED)}
 
@@ -169,14 +169,15 @@ def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
     return WIDE if rows < MANY_ROWS * experts else TALL
 
 
-def activation_backward_tile(*, columns: int) -> Tile:
-    """The tile of the activation's backward, ``columns`` = I: its epilogue keeps z, dz and scaled_a of 32 columns beside the
-    accumulators, which spills with the 160 registers of three consumers.
+def activation_backward_tile(*, rows: int, experts: int) -> Tile:
+    """The tile of the activation's backward, whose z comes through the stages.
 
-    ms, WIDE / SQUARE, same shapes and run: 4.41 / 4.27; 0.83 / 0.73; 1.05 / 1.02; and with I = 256, where one WIDE tile has all columns
-    of a row, 0.48 / 0.46; 2.46 / 2.68.
+    ms, LONE_FED / WIDE_FED / PAIR_FED, same shapes, another run: 3.96 / 4.06 / 4.29; 1.00 / 0.79 / 0.72; 1.36 / 0.97 / 1.15;
+    0.43 / 0.43 / 0.45; 2.27 / 2.29 / 2.46; the best tile without it, SQUARE but for the last, LONE: 4.32; 0.75; 1.02; 0.46; 2.39.
     """
-    return WIDE if columns <= WIDE.n else SQUARE
+    if FITS_TALL * experts < rows <= FITS_PAIR * experts:
+        return PAIR_FED
+    return WIDE_FED if rows < MANY_ROWS * experts else LONE_FED
 
 
 def dx_tile(*, rows: int, experts: int) -> Tile:

@@ -102,7 +102,7 @@ def test_activation_backward_matches_float64(counts, activation, layout, bias, d
 @pytest.mark.parametrize("tile", FED)
 def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypatch, counts, activation, layout, dtype, tile):
     """In the memory of z too: no row of a neighbour's z is read, which may be dz already."""
-    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns: FED[tile])
+    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda **_: FED[tile])
     case = Case(*COUNTS[counts], dtype=dtype, activation=activation, layout=layout)
     apart, over = (check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=over) for over in (False, True))
     assert_same_bits(apart[::2], over[::2], case.rows)

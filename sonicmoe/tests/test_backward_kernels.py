@@ -82,7 +82,7 @@ def test_activation_backward_matches_float64(overwrite_z):
 @pytest.mark.parametrize(("tile", "options"), FED, ids=lambda value: getattr(value, "name", ""))
 def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypatch, tile, options):
     """Whole tiles, whose z comes by TMA, and tails, whose z comes row by row: dz where z was, and no row of a neighbour's z is read."""
-    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns: tile)
+    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda **_: tile)
     case = make_case(**options)
     in_every_order(lambda: check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=True))
 
@@ -90,7 +90,7 @@ def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypat
 def test_z_through_the_stages_changes_no_bit(monkeypatch):
     case, results = make_case(), []
     for tile in (WIDE, WIDE_FED):
-        monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda columns, tile=tile: tile)
+        monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda tile=tile, **_: tile)
         with emulator.emulation():
             results.append(check_activation_backward(case, hopper_backward.activation_backward))
     for one, two in zip(*results, strict=True):

@@ -63,7 +63,7 @@ def expert_variants(cell: LayerCell, sizes: Thiek, rows: int) -> set[Variant]:
         variants.up_projection(tile=up_tile(rows=rows, experts=sizes.E, store_z=store_z), **options, store_z=store_z)
         for store_z in (False, True)
     }
-    back = activation_backward_tile(columns=sizes.I)
+    back = activation_backward_tile(rows=rows, experts=sizes.E)
     found |= {
         variants.down_projection(tile=down_tile(rows=rows, experts=sizes.E, reduced=sizes.I), dtype=dtype, bias=bias),
         variants.activation_backward(tile=back, **wide, dz=True, dscore=True, scaled_a=True),
