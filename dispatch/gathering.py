@@ -3,7 +3,7 @@
 import torch
 
 from dispatch import gather_sum_hopper
-from dispatch.operators import check_backend, differentiable, fake, operator
+from dispatch.operators import check_backend, differentiable, fake, needs_gradient, operator
 from dispatch.types import DispatchPlan
 
 # Elements of the one float32 block that is in flight at a time: it stays in a core's cache on a CPU, fills the machine on a GPU.
@@ -11,7 +11,9 @@ _BLOCK_ELEMENTS_CPU = 2**18
 _BLOCK_ELEMENTS_GPU = 2**27
 
 
-def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan, *, backend: str = "auto") -> torch.Tensor:
+def gather_sum(
+    rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan, *, backend: str = "auto", any_rows: bool = False
+) -> torch.Tensor:
     """Sum each token's rows, weighted by score: ``o[t] = sum over t's slots s of score[s] * rows[slot_to_row[s]]``.
 
     Args:
@@ -20,6 +22,7 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
         plan: the DispatchPlan of the R slots.
         backend: "hopper" is the kernel (rows contiguous in bfloat16, float16 or float32, H a multiple of 8, an sm_90 GPU), "reference"
             is PyTorch anywhere, "auto" is the kernel where device, dtype and H allow it, else PyTorch. Gradients are PyTorch's.
+        any_rows: rows may be (N, H) with any N that holds the rows in use, which nothing checks; not differentiable.
 
     Returns:
         (T, H) in rows' dtype. Summed in float32 (float64 for float64 rows) in slot order, so the bits depend neither on
@@ -38,8 +41,8 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
         score       = [1, 2, 3, 4]
         o           = [[1 * 30 + 2 * 10], [3 * 20 + 4 * 40]] = [[50], [220]]
     """
-    if not _is_sound(rows, score, plan.slot_to_row):
-        _refuse(rows, score, plan)
+    if not _is_sound(rows, score, plan.slot_to_row, any_rows):
+        _refuse(rows, score, plan, any_rows)
     check_backend(backend)
     return _gather_sum(
         rows,
@@ -55,26 +58,29 @@ def gather_sum(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPla
     )
 
 
-def _is_sound(rows: torch.Tensor, score: torch.Tensor | None, slot_to_row: torch.Tensor) -> bool:
+def _is_sound(rows: torch.Tensor, score: torch.Tensor | None, slot_to_row: torch.Tensor, any_rows: bool) -> bool:
     """The conditions of _refuse in one expression: the usual case costs no more than reading its attributes."""
     device, slots = slot_to_row.device, slot_to_row.shape
     return (
         rows.dim() == 2
-        and rows.shape[0] == slots[0]
+        and (rows.shape[0] == slots[0] or any_rows)
+        and not (any_rows and torch.is_grad_enabled() and needs_gradient((rows, score)))
         and rows.device == device
         and rows.is_floating_point()
         and (score is None or (score.shape == slots and score.device == device and score.is_floating_point()))
     )
 
 
-def _refuse(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan) -> None:
+def _refuse(rows: torch.Tensor, score: torch.Tensor | None, plan: DispatchPlan, any_rows: bool) -> None:
     slots = plan.slot_to_row.shape[0]
     if not rows.is_floating_point():
         raise TypeError(f"rows: dtype {rows.dtype}: must be a floating-point dtype")
-    if rows.dim() != 2 or rows.shape[0] != slots:
+    if rows.dim() != 2 or (rows.shape[0] != slots and not any_rows):
         raise ValueError(f"rows: shape {tuple(rows.shape)}: must be (R, H) with the plan's R={slots}")
     if rows.device != plan.slot_to_row.device:
         raise ValueError(f"rows: device {rows.device}: must be the plan's device {plan.slot_to_row.device}")
+    if any_rows and torch.is_grad_enabled() and needs_gradient((rows, score)):
+        raise ValueError("any_rows=True: rows and score must need no gradient")
     if score is not None:
         if not score.is_floating_point():
             raise TypeError(f"score: dtype {score.dtype}: must be a floating-point dtype or None")
@@ -130,7 +136,7 @@ def _gather_sum_torch(
     slots_per_token: int | None,
 ) -> torch.Tensor:
     out = torch.zeros(num_tokens, rows.shape[1], dtype=_sum_dtype(rows), device=rows.device)
-    if num_tokens == 0:
+    if num_tokens == 0 or rows.shape[0] == 0:
         return out.to(rows.dtype)
     for begin, end in _blocks(slot_to_row.shape[0], rows):
         slot = torch.arange(begin, end, device=rows.device) if token_slots is None else token_slots[begin:end]

@@ -145,7 +145,7 @@ def _gather_sum(
 
 
 def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tuple:
-    """What is compiled: ``(rows (R, H), score (R,) | None, slot_to_row (R,), token_offsets (T + 1,) | None, token_slots (R,) | None,
+    """What is compiled: ``(rows (N, H), score (R,) | None, slot_to_row (R,), token_offsets (T + 1,) | None, token_slots (R,) | None,
     out (T, H), K, dependent)``, with H a multiple of 8, all dense and the matrices aligned to 16 bytes.
 
     Args:
@@ -154,7 +154,7 @@ def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tup
         scored: whether there is a score.
         score: its dtype: float32, bfloat16 or float16.
     """
-    R, T, H = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=8)
+    N, R, T, H = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=8)
     csr = form == "csr"
 
     def matrix(count: cute.SymInt) -> cute.Tensor:
@@ -164,7 +164,7 @@ def trace(*, dtype: str, form: str, scored: bool, score: str = "float32") -> tup
         return make_fake_compact_tensor(element, (count,), assumed_align=element.width // 8)
 
     arguments = (
-        matrix(R),
+        matrix(N),
         vector(_ELEMENT[score], R) if scored else None,
         vector(cutlass.Int32, R),
         vector(cutlass.Int32, cute.sym_int()) if csr else None,

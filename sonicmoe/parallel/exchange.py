@@ -1,14 +1,14 @@
-"""One chunk of tokens on its way to the experts and back, differentiable.
+"""A use of a layer on its way to the experts and back, differentiable.
 
-Each journey is two autograd functions, the start and the end, so that other work can be put between them; what they return in
-between is not there yet. Backward walks the same four stations the other way: the end of a journey starts the gradient's, and its
-start waits for it. As autograd runs what was recorded last first, gradients overlap with the same work as their tokens did::
+Each journey is two autograd functions, the start and the end, so that other work can be put between them. What passes from one to the
+other is in the `Trip`; autograd sees empty tensors, which keep the order. Backward walks the same stations the other way: the end of a
+journey starts the gradient's, and its start waits for it::
 
-    forward    depart -> arrive    experts    give_back -> land
-    backward   depart <- arrive    experts    give_back <- land
+    forward    depart -> unpack, arrive    experts    give_back -> land        arrive, experts and give_back for each chunk
+    backward   depart <- unpack, arrive    experts    give_back <- land
 
-Notation: W processes, T tokens of the chunk, H hidden size, R slots of the whole routing; this process sends S copies and Q slots
-and receives N copies and M slots.
+Notation: W processes, C chunks of tokens, T tokens, H hidden size, R slots of the routing; of a chunk this process sends S copies and
+receives N; of all chunks it sends Q slots and receives M.
 """
 
 from dataclasses import dataclass, field
@@ -20,169 +20,238 @@ import dispatch
 from dispatch import DispatchPlan
 from routing import Routing
 from sonicmoe.parallel.plan import Sends
-from sonicmoe.parallel.transport import Flight, Leg, Transport
+from sonicmoe.parallel.transport import Announced, Flight, Legs, Transport
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where the slots that come belong, known before they are here: tables of C chunks by W processes and their padding."""
+
+    ends: torch.Tensor
+    """(C * (W + 1),) int32: where, of all places of slots, those of a chunk from a process end."""
+    shift: torch.Tensor
+    """(C * (W + 1),) int32: what takes such a place to the slot's among those that came, which lie by process."""
+    first: torch.Tensor
+    """(C * (W + 1),) int32: the first of the process's rows in the chunk, where its slots' positions count from; -1 for padding."""
 
 
 @dataclass
-class Parcel:
-    """Everything about a chunk that all its stations need."""
+class Trip:
+    """Everything about one use of a layer that its stations need."""
 
     transport: Transport
-    copies: Leg
-    slots: Leg
-    num_tokens: int
-    """T."""
-    num_slots: int
-    """R."""
-    token: torch.Tensor
-    """(S,) int64: each copy's token, counted from the chunk's first; T for a copy that is only padding."""
-    slot: torch.Tensor
-    """(Q,) int64: each travelling slot's place in the routing; R for padding."""
+    sends: Sends
+    legs: Legs
+    arrivals: Arrivals
     labels: torch.Tensor
-    """(Q, 2) int32: each slot's copy, counted from its destination's first, and its expert there."""
-    plan: DispatchPlan
-    """Of the S copies: sums each token's."""
-    exact: bool
-    """Whether there is no padding."""
-    flights: dict[str, Flight] = field(default_factory=dict)
+    """(Q, 2 + s) int32: what travels of the slots."""
+    tokens: list[torch.Tensor]
+    """(S,) int32 of each chunk: the copies' tokens; any token for padding."""
+    landing: DispatchPlan
+    """Of the copies as they land, chunk after chunk: sums each token's."""
+    experts: int
+    """Those of this process."""
+    flights: dict[tuple[str, int], Flight] = field(default_factory=dict)
     """What is under way, from its start to its end; kept no longer, as it would keep the graph alive."""
+    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Where what is under way lands, if the chunks' rows are to lie side by side."""
+
+    def start_back(self, kind: str, chunk: int, rows: torch.Tensor) -> None:
+        """Send a chunk's rows (N, H) to where its tokens are; all chunks' land in one room, in the order of ``tokens``."""
+        if kind not in self.rooms:
+            self.rooms[kind] = self.transport.room(rows, sum(token.shape[0] for token in self.tokens))
+        leg = self.legs.copies[chunk].back()
+        begin = sum(token.shape[0] for token in self.tokens[:chunk])
+        room = self.rooms[kind][begin : begin + leg.receive_rows]
+        self.flights[kind, chunk] = self.transport.start(leg, rows.contiguous(), room)
+
+    def landed(self, kind: str) -> torch.Tensor:
+        """(T, H): the sums of what all chunks' `start_back` has sent."""
+        for chunk in range(len(self.tokens)):
+            self.flights.pop((kind, chunk)).wait()
+        return dispatch.gather_sum(self.rooms.pop(kind), None, self.landing, any_rows=True)
+
+    def start_copies(self, kind: str, chunk: int, x: torch.Tensor) -> None:
+        """Send a chunk's copies of x (T, H)."""
+        token = self.tokens[chunk]
+        rows = x.index_select(0, token) if x.shape[0] else x.new_zeros(token.shape[0], x.shape[1])
+        self.flights[kind, chunk] = self.transport.start(self.legs.copies[chunk], rows)
 
 
-def pack(sends: Sends, chunk: int, bounds: list[int], legs: tuple[Leg, Leg], transport: Transport) -> Parcel:
-    """The parcel of one chunk, without looking at sizes that are on the device."""
-    copies, slots = legs
-    processes, device = copies.sent.shape[0], copies.sent.device
-    first, num_tokens, num_slots = bounds[chunk], bounds[chunk + 1] - bounds[chunk], sends.slot.shape[0]
-    exact = copies.host_sent is not None
-
-    def own(offsets: torch.Tensor, length: int, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the chunk's entries are, and which of them are no padding."""
-        at = torch.arange(length, device=device)
-        return (at + offsets[chunk * processes]).clamp(max=max(num_slots - 1, 0)), at < total
-
-    at, real = own(sends.copy_offsets, copies.send_rows, copies.sent.sum())
-    token = torch.where(real, sends.copy_token[at] - first, num_tokens) if num_slots else at.new_full((copies.send_rows,), num_tokens)
-    destination = torch.searchsorted(copies.sent.cumsum(0), torch.arange(copies.send_rows, device=device), right=True)
-    at, real = own(sends.slot_offsets, slots.send_rows, slots.sent.sum())
-    if num_slots:
-        slot = torch.where(real, sends.slot[at], num_slots)
-        labels = torch.stack([sends.position[at], sends.expert[at]], dim=1)
-    else:
-        slot, labels = at.new_full((slots.send_rows,), num_slots), at.new_zeros(slots.send_rows, 2, dtype=torch.int32)
-    plan = dispatch.plan(token.int(), destination.int(), num_tokens=num_tokens, num_experts=processes)
-    return Parcel(transport, copies, slots, num_tokens, num_slots, token, slot, labels, plan, exact)
+@torch.no_grad()
+def arrivals(announced: Announced) -> Arrivals:
+    """Of the sizes that the others have announced."""
+    copies, slots = announced.received.permute(2, 1, 0)  # (C, W)
+    came = announced.received[..., 1].flatten().cumsum(0, dtype=torch.int32).view(-1, slots.shape[0]).t()
+    padding = slots.new_zeros(slots.shape[0], 1)
+    if announced.places is not None:
+        padding = announced.places - slots.sum(1, keepdim=True)
+    lengths = torch.cat([slots, padding], dim=1).int()
+    ends = lengths.flatten().cumsum(0, dtype=torch.int32)
+    shift = torch.cat([came, padding], dim=1).flatten() - ends  # of a place and its slot, the ends differ by as much as the begins
+    first = torch.cat([copies.cumsum(1) - copies, torch.full_like(padding, -1)], dim=1).flatten().int()
+    return Arrivals(ends, shift.int(), first)
 
 
-def depart(x: torch.Tensor, score: torch.Tensor, parcel: Parcel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start x (T, H) and the routing's score (R,) on their way; the results are for `arrive`."""
-    return _Depart.apply(x, score, parcel)
+@torch.no_grad()
+def pack(sends: Sends, labels: torch.Tensor, legs: Legs, arriving: Arrivals, chunks: int, transport: Transport, experts: int) -> Trip:
+    """The trip, without looking at sizes that are on the device."""
+    copies, processes = sends.copies, sends.copies.slots_per_token
+    sizes = [leg.send_rows for leg in legs.copies]
+    if legs.exact:
+        tokens = list(copies.row_to_token[: sum(sizes)].split(sizes))
+        return Trip(transport, sends, legs, arriving, labels[: legs.slots.send_rows], tokens, copies, experts)
+    # Each chunk's copies begin at a place that the host does not know, and land at one that it does.
+    (rows,) = set(sizes)
+    begins = copies.offsets[:-1:processes]
+    at = torch.arange(rows, device=begins.device) + begins.unsqueeze(1)
+    candidates = copies.row_to_token.shape[0]
+    tokens = copies.row_to_token[at.clamp_(max=max(candidates - 1, 0))].clamp(min=0) if candidates else torch.zeros_like(at).int()
+    landed = copies.slot_to_row
+    if chunks > 1 and candidates:
+        moved = torch.arange(0, rows * chunks, rows, device=begins.device) - begins
+        chunk = torch.searchsorted(begins[1:].contiguous(), landed, right=True)
+        landed = torch.where(landed >= 0, landed + moved[chunk], -1).int()
+    padded = labels.new_zeros(legs.slots.send_rows, labels.shape[1])
+    most = min(padded.shape[0], labels.shape[0])
+    padded[:most] = labels[:most]
+    landing = copies._replace(slot_to_row=landed, row_to_token=tokens.flatten())
+    return Trip(transport, sends, legs, arriving, padded, list(tokens.view(chunks, rows)), landing, experts)
 
 
-def arrive(rows: torch.Tensor, score: torch.Tensor, parcel: Parcel, num_experts: int) -> tuple[torch.Tensor, Routing]:
-    """What came: rows (N, H) and their routing to the ``num_experts`` experts here, with sentinels for padding."""
-    rows, score, token_index, expert_index = _Arrive.apply(rows, score, parcel, num_experts)
-    return rows, Routing(token_index, expert_index, score, rows.shape[0], num_experts, None)
+def depart(x: torch.Tensor, score: torch.Tensor, trip: Trip) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Start the routing's score (R,), with the other labels, and each chunk's copies of x (T, H); the results are for `unpack` and, one
+    for each chunk, for `arrive`."""
+    labels, *copies = _Depart.apply(x, score, trip)
+    return labels, copies
 
 
-def give_back(y: torch.Tensor, parcel: Parcel) -> torch.Tensor:
-    """Start the experts' weighted sums y (N, H) on their way back; the result is for `land`."""
-    return _GiveBack.apply(y, parcel)
+def unpack(score: torch.Tensor, trip: Trip) -> list[Routing]:
+    """The routing of each chunk's N rows to the experts here, with sentinels for padding."""
+    chunks = len(trip.tokens)
+    parts = _Unpack.apply(score, trip)
+    rows = [leg.receive_rows for leg in trip.legs.copies]
+    in_chunks = zip(parts[chunks : 2 * chunks], parts[2 * chunks :], parts[:chunks], rows, strict=True)
+    return [Routing(token, expert, score, N, trip.experts, None) for token, expert, score, N in in_chunks]
 
 
-def land(copies: torch.Tensor, parcel: Parcel) -> torch.Tensor:
+def arrive(copies: torch.Tensor, trip: Trip, chunk: int) -> torch.Tensor:
+    """What came of a chunk: rows (N, H)."""
+    return _Arrive.apply(copies, trip, chunk)
+
+
+def give_back(y: torch.Tensor, trip: Trip, chunk: int) -> torch.Tensor:
+    """Start the experts' weighted sums y (N, H) of a chunk on their way back; the result is for `land`."""
+    return _GiveBack.apply(y, trip, chunk)
+
+
+def land(sums: list[torch.Tensor], trip: Trip) -> torch.Tensor:
     """(T, H): the sum of each token's copies, which the processes with its experts have sent."""
-    return _Land.apply(copies, parcel)
+    return _Land.apply(trip, *sums)
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, score, parcel):
-        ctx.parcel, ctx.needs = parcel, ctx.needs_input_grad[:2]
-        rows = _gather(x, parcel.token, parcel.exact)
-        bits = _with_zero(score)[parcel.slot].unsqueeze(1).view(torch.int32)
-        flight = parcel.transport.start(parcel.copies, rows)
-        parcel.flights["rows"] = flight
-        parcel.flights["slots"] = parcel.transport.start(parcel.slots, torch.cat([parcel.labels, bits], dim=1))
-        placeholder = score.new_empty(parcel.slots.receive_rows)
-        ctx.mark_non_differentiable(*(out for out, needed in zip((flight.rows, placeholder), ctx.needs, strict=True) if not needed))
-        return flight.rows, placeholder
+    def forward(ctx, x, score, trip):
+        ctx.trip, ctx.needs = trip, ctx.needs_input_grad[:2]
+        # The labels first: they are small, and what depends on them can be computed while rows travel.
+        trip.flights["labels", 0] = trip.transport.start(trip.legs.slots, trip.labels)
+        for chunk in range(len(trip.tokens)):
+            trip.start_copies("rows", chunk, x)
+        copies = [x.new_empty(0) for _ in trip.tokens]
+        labels = score.new_empty(0)
+        ctx.mark_non_differentiable(*([] if ctx.needs[0] else copies), *([] if ctx.needs[1] else [labels]))
+        return labels, *copies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, drows, dscore):
-        parcel, dx, dscore = ctx.parcel, None, None
-        if ctx.needs[0]:
-            dx = dispatch.gather_sum(parcel.flights.pop("drows").wait(), None, parcel.plan)
+    def backward(ctx, *unused):
+        trip, dx, dscore = ctx.trip, None, None
         if ctx.needs[1]:
-            came = parcel.flights.pop("dscore").wait().squeeze(1)
-            dscore = came.new_zeros(parcel.num_slots + 1).scatter_(0, parcel.slot, came)[:-1]
+            came, row = trip.flights.pop(("dscore", 0)).wait().squeeze(1), trip.sends.slots.slot_to_row
+            dscore = came.new_zeros(row.shape)
+            if came.shape[0]:
+                dscore = came.index_select(0, row.clamp(min=0)).masked_fill_(row < 0, 0.0)
+        if ctx.needs[0]:
+            dx = trip.landed("drows")
         return dx, dscore, None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, score, trip):
+        ctx.trip, ctx.needed = trip, ctx.needs_input_grad[0]
+        arriving, sizes = trip.arrivals, trip.legs.arriving
+        labels = trip.flights.pop(("labels", 0)).wait()
+        place = torch.arange(sum(sizes), dtype=torch.int32, device=labels.device)
+        segment = torch.searchsorted(arriving.ends, place, right=True)
+        first, at = arriving.first[segment], place + arriving.shift[segment]
+        token, expert = labels.new_zeros(place.shape), torch.full_like(place, trip.experts)
+        came = score.new_zeros(place.shape)
+        if labels.shape[0]:
+            mine = labels.index_select(0, at.clamp(0, labels.shape[0] - 1))
+            words = mine[:, 2:].contiguous().view(score.dtype).squeeze(1)
+            token, expert, came = first + mine[:, 0], mine[:, 1].contiguous(), words
+            if not trip.legs.exact:
+                token, expert, came = token.where(first >= 0, 0), expert.where(first >= 0, trip.experts), came.where(first >= 0, 0.0)
+        # A place of padding sends its gradient, which is zero, to a row behind those that travel.
+        ctx.at = at if trip.legs.exact else at.where(first >= 0, labels.shape[0])
+        outputs = [part.split(sizes) for part in (came, token, expert)]
+        unneeded = [] if ctx.needed else outputs[0]
+        ctx.mark_non_differentiable(*unneeded, *outputs[1], *outputs[2])
+        return *outputs[0], *outputs[1], *outputs[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        trip = ctx.trip
+        if not ctx.needed:
+            return None, None
+        chunks, leg = len(trip.tokens), trip.legs.slots.back()
+        dscore = gradients[0] if chunks == 1 else torch.cat(gradients[:chunks])
+        if chunks > 1:  # else they lie by process, as they came
+            dscore = dscore.new_zeros(leg.send_rows + 1).index_put_((ctx.at,), dscore)[:-1]
+        trip.flights["dscore", 0] = trip.transport.start(leg, dscore.unsqueeze(1).contiguous())
+        return dscore.new_empty(0), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, score, parcel, num_experts):
-        ctx.parcel, ctx.needs = parcel, ctx.needs_input_grad[:2]
-        rows, slots = parcel.flights.pop("rows").wait(), parcel.flights.pop("slots").wait()
-        position, expert, bits = slots.split([1, 1, slots.shape[1] - 2], dim=1)
-        # Rows and slots lie by the process that sent them; a slot's position counts from its process's first row.
-        row_ends, slot_ends = parcel.copies.received.cumsum(0), parcel.slots.received.cumsum(0)
-        source = torch.searchsorted(slot_ends, torch.arange(slots.shape[0], device=slots.device), right=True)
-        row_begins = torch.cat([row_ends.new_zeros(1), row_ends])
-        real = source < slot_ends.shape[0]
-        token_index = torch.where(real, position.squeeze(1) + row_begins[source], rows.shape[0]).int()
-        expert_index = torch.where(real, expert.squeeze(1), num_experts)
-        arrived = torch.where(real, bits.contiguous().view(score.dtype).squeeze(1), 0.0)
-        rows = rows.view_as(rows)
-        unneeded = (out for out, needed in zip((rows, arrived), ctx.needs, strict=True) if not needed)
-        ctx.mark_non_differentiable(token_index, expert_index, *unneeded)
-        return rows, arrived, token_index, expert_index
+    def forward(ctx, copies, trip, chunk):
+        ctx.trip, ctx.chunk = trip, chunk
+        rows = trip.flights.pop(("rows", chunk)).wait()
+        return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, drows, dscore, *unused):
-        parcel = ctx.parcel
-        if ctx.needs[0]:
-            parcel.flights["drows"] = parcel.transport.start(parcel.copies.back(), drows.contiguous())
-        if ctx.needs[1]:
-            parcel.flights["dscore"] = parcel.transport.start(parcel.slots.back(), dscore.unsqueeze(1).contiguous())
-        return drows, dscore, None, None
+    def backward(ctx, drows):
+        ctx.trip.start_back("drows", ctx.chunk, drows)
+        return drows.new_empty(0), None, None
 
 
 class _GiveBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, parcel):
-        ctx.parcel = parcel
-        flight = parcel.flights["sums"] = parcel.transport.start(parcel.copies.back(), y)
-        return flight.rows
+    def forward(ctx, y, trip, chunk):
+        ctx.trip, ctx.chunk = trip, chunk
+        trip.start_back("sums", chunk, y)
+        return y.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dcopies):
-        return ctx.parcel.flights.pop("dsums").wait(), None
+    def backward(ctx, unused):
+        return ctx.trip.flights.pop(("dsums", ctx.chunk)).wait(), None, None
 
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, copies, parcel):
-        ctx.parcel = parcel
-        return dispatch.gather_sum(parcel.flights.pop("sums").wait(), None, parcel.plan)
+    def forward(ctx, trip, *sums):
+        ctx.trip = trip
+        return trip.landed("sums")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        parcel = ctx.parcel
-        rows = _gather(dout, parcel.token, parcel.exact)
-        parcel.flights["dsums"] = parcel.transport.start(parcel.copies, rows)
-        return rows, None
-
-
-def _gather(x: torch.Tensor, token: torch.Tensor, exact: bool) -> torch.Tensor:
-    """x[token]; padding is any row."""
-    if not x.shape[0]:
-        return x.new_zeros(token.shape[0], x.shape[1])
-    return x.index_select(0, token if exact else token.clamp(max=x.shape[0] - 1))
-
-
-def _with_zero(score: torch.Tensor) -> torch.Tensor:
-    return torch.cat([score, score.new_zeros(1)])
+        trip = ctx.trip
+        for chunk in reversed(range(len(trip.tokens))):  # the order in which their experts' gradients are computed
+            trip.start_copies("dsums", chunk, dout)
+        return None, *(dout.new_empty(0) for _ in trip.tokens)

@@ -16,7 +16,7 @@ from sonicmoe.experts import routed_experts
 from sonicmoe.moe import RouterOutput
 from sonicmoe.parallel import exchange
 from sonicmoe.parallel.failures import naming_failures
-from sonicmoe.parallel.plan import chunk_bounds, plan_sends
+from sonicmoe.parallel.plan import plan_sends
 from sonicmoe.parallel.rounding import GlobalTargets
 from sonicmoe.parallel.transport import Transport
 
@@ -69,25 +69,26 @@ class ExpertParallelism:
         experts, num_tokens = w_up.shape[0], x.shape[0]
         if routing.num_experts != experts * self.processes:
             raise ValueError(f"routing.num_experts={routing.num_experts}: must be {experts} experts here times {self.processes} processes")
-        bounds = chunk_bounds(num_tokens, self.chunks)
-        sends = plan_sends(routing, processes=self.processes, chunks=self.chunks)
-        counts = sends.counts(self.chunks)
-        legs = self.transport.legs(counts, num_tokens=num_tokens, slots_per_token=routing.slots_per_token, experts=experts)
-        parcels = [exchange.pack(sends, chunk, bounds, legs[chunk], self.transport) for chunk in range(self.chunks)]
-        pieces = x.split([parcel.num_tokens for parcel in parcels])
-        on_their_way = [exchange.depart(pieces[0], routing.score, parcels[0])]
+        trip = self._prepare(routing, num_tokens, experts)
+        # All chunks leave at once: they travel one after the other, each but the first while the experts work on those before.
+        labels, copies = exchange.depart(x, routing.score, trip)
         added = None if meanwhile is None else meanwhile()
         returning = []
-        for chunk, parcel in enumerate(parcels):
-            # The next chunk leaves before this one's experts begin, and so travels while they work.
-            if chunk + 1 < self.chunks:
-                on_their_way.append(exchange.depart(pieces[chunk + 1], routing.score, parcels[chunk + 1]))
-            rows, arrived = exchange.arrive(*on_their_way[chunk], parcel, experts)
+        for chunk, arrived in enumerate(exchange.unpack(labels, trip)):
+            rows = exchange.arrive(copies[chunk], trip, chunk)
             y = routed_experts(rows, w_up, w_down, arrived, **options)
-            on_their_way[chunk] = None
-            returning.append(exchange.give_back(y, parcel))
-        landed = [exchange.land(copies, parcel) for copies, parcel in zip(returning, parcels, strict=True)]
-        return landed[0] if self.chunks == 1 else torch.cat(landed), added
+            del rows
+            returning.append(exchange.give_back(y, trip, chunk))
+        return exchange.land(returning, trip), added
+
+    def _prepare(self, routing: Routing, num_tokens: int, experts: int) -> exchange.Trip:
+        """Plans and sizes. What does not need the sizes on the host is launched before they are waited for."""
+        sends = plan_sends(routing, processes=self.processes, chunks=self.chunks)
+        sizes = {"num_tokens": num_tokens, "slots_per_token": routing.slots_per_token, "experts": experts}
+        announced = self.transport.announce(sends.counts(self.chunks), **sizes)
+        labels = sends.labels(routing, processes=self.processes)
+        arriving = exchange.arrivals(announced)
+        return exchange.pack(sends, labels, announced.legs(), arriving, self.chunks, self.transport, experts)
 
     def router_output(self, config: RouterConfig, logits: torch.Tensor, routing: Routing) -> RouterOutput:
         """Counts over all processes, and losses whose mean over the processes is the loss over all tokens.

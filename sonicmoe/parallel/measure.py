@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from sonicmoe.moe import MoE
 from sonicmoe.parallel.apply import expert_parallel
 from sonicmoe.parallel.launch import Processes
 from sonicmoe.parallel.layer import ExpertParallelism
-from sonicmoe.parallel.transport import Flight, Leg, Transport
+from sonicmoe.parallel.transport import Announced, Flight, Leg, Transport
 
 MODES = ("forward", "forward+backward")
 
@@ -48,25 +48,36 @@ class Recorder:
         self.transport, self.group = transport, transport.group
         self.journeys: list[Journey] = []
         self.replay, self._next = False, 0
-        self._legs: list[tuple[Leg, Leg]] = []
+        self._announced: Announced | None = None
+        self._rooms: list[torch.Tensor] = []
 
     def restart(self, *, replay: bool) -> None:
         """Before each pass."""
-        self.replay, self._next = replay, 0
+        self.replay, self._next, self._next_room = replay, 0, 0
         if not replay:
             self.journeys.clear()
+            self._rooms.clear()
 
-    def legs(self, counts: torch.Tensor, **sizes: int | None) -> list[tuple[Leg, Leg]]:
+    def announce(self, counts: torch.Tensor, **sizes: int | None) -> Announced:
         if not self.replay:
-            self._legs = self.transport.legs(counts, **sizes)
-        return self._legs
+            announced = self.transport.announce(counts, **sizes)
+            legs = announced.legs()
+            self._announced = replace(announced, legs=lambda: legs)
+        return self._announced
 
-    def start(self, leg: Leg, rows: torch.Tensor) -> Flight:
+    def room(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        """In a replay what landed in it before is there."""
+        if not self.replay:
+            self._rooms.append(self.transport.room(like, rows))
+        self._next_room += 1
+        return self._rooms[self._next_room - 1]
+
+    def start(self, leg: Leg, rows: torch.Tensor, received: torch.Tensor | None = None) -> Flight:
         if self.replay:
             journey = self.journeys[self._next]
             self._next += 1
             return _Arrived(journey.received.detach())
-        flight = self.transport.start(leg, rows)
+        flight = self.transport.start(leg, rows, received)
         # Without its place in the graph: a replay makes another.
         self.journeys.append(Journey(leg, rows.detach(), flight.rows.detach()))
         return flight
@@ -187,7 +198,7 @@ def _of_tokens(recorder: Recorder) -> list[Journey]:
 
 def _bytes_to_others(journey: Journey, group: dist.ProcessGroup) -> float:
     """That a process sends to others in one journey, the mean over the processes; a collective."""
-    sent = journey.leg.sent
+    sent = torch.as_tensor(journey.leg.sent, device=journey.rows.device)
     rows = sent.sum() - sent[dist.get_rank(group)]
     dist.all_reduce(rows, group=group)
     return rows.item() / dist.get_world_size(group) * journey.rows.shape[1] * journey.rows.element_size()

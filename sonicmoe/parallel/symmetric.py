@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sonicmoe.parallel.failures import naming_failures
-from sonicmoe.parallel.transport import Leg
+from sonicmoe.parallel.transport import Announced, Leg, Legs
 
 _BLOCKS = (64, 16)
 """The most blocks of all_to_all_vdev, within a host and otherwise."""
@@ -103,14 +103,13 @@ class SymmetricMemory:
         self._operation, self._empty, self._side = operation, empty, None
         self._channels: dict[int, _Channel] = {}
 
-    def legs(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int | None, experts: int) -> list[tuple[Leg, Leg]]:
-        chunks, processes, _ = counts.shape
+    def announce(self, counts: torch.Tensor, *, num_tokens: int, slots_per_token: int | None, experts: int) -> Announced:
+        processes, chunks, _ = counts.shape
         if -(-num_tokens // chunks) > self.chunk_tokens:
             raise ValueError(f"x has {num_tokens} tokens: must be at most max_tokens={self.chunk_tokens * chunks} with this transport")
-        outgoing = counts.transpose(0, 1).contiguous()
-        incoming = torch.empty_like(outgoing)
+        received = torch.empty_like(counts)
         with naming_failures(self.group):
-            dist.all_to_all_single(incoming, outgoing, group=self.group)  # equal parts: nothing to read on the host
+            dist.all_to_all_single(received, counts, group=self.group)  # equal parts: nothing to read on the host
         most_here = min(experts, slots_per_token or experts)
         most_slots = slots_per_token or experts * processes
         rows = (
@@ -118,15 +117,18 @@ class SymmetricMemory:
             (self.chunk_tokens * most_slots, processes * self.chunk_tokens * most_here),
         )
         if self.capacity is not None and slots_per_token is not None:
-            rows = tuple((sent, min(received, math.ceil(self.capacity * sent))) for sent, received in rows)
-            for kind, (_, received) in enumerate(rows):
-                fits = (incoming[..., kind].sum(0) <= received).all()
+            rows = tuple((sent, min(come, math.ceil(self.capacity * sent))) for sent, come in rows)
+            for kind, (_, come) in enumerate(rows):
+                fits = (received[..., kind].sum(0) <= come).all()
                 torch._assert_async(fits, "expert parallelism: more rows arrive than capacity allows")
-        sent, received = outgoing.permute(1, 2, 0).contiguous(), incoming.permute(1, 2, 0).contiguous()  # (C, 2, W)
-        return [tuple(Leg(sent[chunk, kind], received[chunk, kind], *rows[kind]) for kind in range(2)) for chunk in range(chunks)]
+        copies = [Leg(*rows[0], counts[:, chunk, 0], received[:, chunk, 0]) for chunk in range(chunks)]
+        sent, come = rows[1]
+        slots = Leg(chunks * sent, chunks * come, counts[..., 1].sum(1), received[..., 1].sum(1))
+        return Announced(received, come, lambda: Legs(copies, slots, [come] * chunks, exact=False))
 
-    def start(self, leg: Leg, rows: torch.Tensor) -> "_SideFlight":
-        received = rows.new_empty(leg.receive_rows, rows.shape[1])
+    def start(self, leg: Leg, rows: torch.Tensor, received: torch.Tensor | None = None) -> "_SideFlight":
+        if received is None:
+            received = rows.new_empty(leg.receive_rows, rows.shape[1])
         most, row_bytes = max(leg.send_rows, leg.receive_rows), rows.shape[1] * rows.element_size()
         channel = self._channel(*buffer_shape(most, row_bytes, dist.get_world_size(self.group)), rows.device)
         if self._side is None:
@@ -138,6 +140,9 @@ class SymmetricMemory:
             self._exchange(channel, leg, rows, received)
             event = self._side.record_event()
         return _SideFlight(received, rows, event)
+
+    def room(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        return like.new_empty(rows, like.shape[1])
 
     def _exchange(self, channel: "_Channel", leg: Leg, rows: torch.Tensor, received: torch.Tensor) -> None:
         source, splits, offsets = channel.next_set()

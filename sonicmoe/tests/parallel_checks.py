@@ -146,8 +146,8 @@ def copies_and_pairs(expert: int) -> tuple[int, int]:
     """(rows that this rank sends, pairs of a token and a rank that has one of its experts)."""
     layer = expert_parallel(_layer(), mesh(expert)["expert"], chunks=2)
     transport, counted = layer.parallelism.transport, []
-    legs = transport.legs
-    transport.legs = lambda counts, **more: (counted.append(counts), legs(counts, **more))[1]
+    announce = transport.announce
+    transport.announce = lambda counts, **more: (counted.append(counts), announce(counts, **more))[1]
     x = torch.randn(40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
     _, router = layer(x, return_router=True)
     owners = router.routing.expert_index.view(40, -1) // (SIZES.E // expert)
@@ -166,8 +166,8 @@ def shared_expert_runs_meanwhile() -> list[str]:
     transport, events = layer.parallelism.transport, []
     start = transport.start
 
-    def recorded_start(leg, rows):
-        flight = start(leg, rows)
+    def recorded_start(leg, rows, received=None):
+        flight = start(leg, rows, received)
         wait = flight.wait
         events.append("start")
         flight.wait = lambda: (events.append("wait"), wait())[1]
@@ -346,7 +346,7 @@ def refusal(option: str, value: object) -> str:
 def too_many_arrive() -> None:
     """Every rank is to receive 36 rows and has room for 8."""
     transport = PaddedOnCpu(mesh(4).get_group("expert"), 4, 1.0)
-    transport.legs(torch.full((1, 4, 2), 9), num_tokens=4, slots_per_token=2, experts=2)
+    transport.announce(torch.full((4, 1, 2), 9), num_tokens=4, slots_per_token=2, experts=2)
 
 
 def last_rank_stalls(timeout_s: float, roll_call_s: float) -> None:

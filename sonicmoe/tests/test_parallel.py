@@ -27,17 +27,17 @@ def test_plan_of_the_docstring():
     expert_index = torch.tensor([0, 1, 2, 0, 3, 9], dtype=torch.int32)
     routing = Routing(torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32), expert_index, torch.ones(6), 3, 4, 2)
     sends = plan_sends(routing, processes=2, chunks=1)
-    assert sends.slot.tolist() == [0, 1, 3, 2, 4, 0]
-    assert sends.position.tolist() == [0, 0, 1, 0, 1, 0]
-    assert sends.expert.tolist() == [0, 1, 0, 0, 1, 0]
-    assert sends.copy_token.tolist() == [0, 1, 1, 2, 3, 3]
-    assert sends.counts(1).tolist() == [[[2, 3], [2, 2]]]
+    assert sends.slots.row_to_slot.tolist() == [0, 1, 3, 2, 4, -1]
+    assert sends.copies.row_to_token[:4].tolist() == [0, 1, 1, 2]
+    assert sends.labels(routing, processes=2)[:5, :2].tolist() == [[0, 0], [0, 1], [1, 0], [0, 0], [1, 1]]
+    assert sends.counts(1).tolist() == [[[2, 3]], [[2, 2]]]
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("slots_per_token", [3, None], ids=["sorted by token", "in any order"])
-def test_plan_sends_each_token_once_to_each_process(slots_per_token: int | None):
+def test_plan_sends_each_token_once_to_each_process(slots_per_token: int | None, chunks: int):
     """Against sets of pairs, with sentinels, chunks of unequal size and processes that get nothing."""
-    T, E, K, W, C = 23, 12, 3, 4, 3
+    T, E, K, W = 23, 12, 3, 4
     generator = torch.Generator().manual_seed(0)
     token = torch.arange(T * K, dtype=torch.int32) // K
     expert = torch.randint(0, E + 2, (T * K,), generator=generator, dtype=torch.int32)
@@ -45,23 +45,29 @@ def test_plan_sends_each_token_once_to_each_process(slots_per_token: int | None)
     if slots_per_token is None:
         order = torch.randperm(T * K, generator=generator)
         token, expert = token[order], expert[order]
-    sends = plan_sends(Routing(token, expert, torch.ones(T * K), T, E, slots_per_token), processes=W, chunks=C)
-    bounds = chunk_bounds(T, C)
-    assert bounds == [0, 7, 15, 23]
-    for bucket in range(C * W):
-        chunk, process = divmod(bucket, W)
-        slots = sends.slot[sends.slot_offsets[bucket] : sends.slot_offsets[bucket + 1]]
-        wanted = [
-            slot
-            for slot in range(T * K)
-            if bounds[chunk] <= token[slot] < bounds[chunk + 1] and 0 <= expert[slot] < E and expert[slot] // 3 == process
-        ]
-        assert sorted(slots.tolist()) == wanted
-        copies = sends.copy_token[sends.copy_offsets[bucket] : sends.copy_offsets[bucket + 1]]
-        assert copies.tolist() == sorted(set(token[wanted].tolist()))
-        own = slice(sends.slot_offsets[bucket], sends.slot_offsets[bucket + 1])
-        assert torch.equal(copies[sends.position[own].long()], token[slots].long())
-        assert torch.equal(sends.expert[own], expert[slots] % 3)
+    score = torch.rand(T * K, generator=generator)
+    routing = Routing(token, expert, score, T, E, slots_per_token)
+    sends = plan_sends(routing, processes=W, chunks=chunks)
+    counts, labels = sends.counts(chunks), sends.labels(routing, processes=W)
+    bounds = chunk_bounds(T, chunks)
+    assert bounds == ([0, 7, 15, 23] if chunks == 3 else [0, 23])
+    for chunk in range(chunks):
+        for process in range(W):
+            begin, end = sends.slots.offsets[process * chunks + chunk :][:2].tolist()
+            slots = sends.slots.row_to_slot[begin:end]
+            wanted = [
+                slot
+                for slot in range(T * K)
+                if bounds[chunk] <= token[slot] < bounds[chunk + 1] and 0 <= expert[slot] < E and expert[slot] // 3 == process
+            ]
+            assert sorted(slots.tolist()) == wanted
+            first, last = sends.copies.offsets[chunk * W + process :][:2].tolist()
+            copies = sends.copies.row_to_token[first:last]
+            assert copies.tolist() == sorted(set(token[wanted].tolist()))
+            assert counts[process, chunk].tolist() == [len(copies), len(slots)]
+            assert torch.equal(copies[labels[begin:end, 0].long()], token[slots])
+            assert torch.equal(labels[begin:end, 1], expert[slots] % 3)
+            assert torch.equal(labels[begin:end, 2].contiguous().view(torch.float32), score[slots])
 
 
 EQUALITY = {
