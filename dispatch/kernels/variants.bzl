@@ -44,4 +44,13 @@ VARIANTS = {
         "dispatch.plan_few-index.int32",
         "dispatch.plan_few-index.int64",
     ],
+    "travel": [
+        "dispatch.travel-index.int32-ordered.false-step.labels",
+        "dispatch.travel-index.int32-ordered.true-step.labels",
+        "dispatch.travel-index.int32-step.pairs",
+        "dispatch.travel-index.int64-ordered.false-step.labels",
+        "dispatch.travel-index.int64-ordered.true-step.labels",
+        "dispatch.travel-index.int64-step.pairs",
+        "dispatch.travel-step.arrivals",
+    ],
 }

@@ -37,6 +37,13 @@ def bounds() -> Variant:
     return Variant("dispatch.kernels.bounds")
 
 
+def travel(*, step: str, index: str = "int32", ordered: bool = True) -> Variant:
+    """The variant of kernels/travel.py: step pairs, labels or arrivals; for the first two index int32 or int64, for labels with K slots a
+    token or with their tokens."""
+    options = {"pairs": {"index": index}, "labels": {"index": index, "ordered": ordered}, "arrivals": {}}
+    return Variant("dispatch.kernels.travel", {"step": step, **options[step]})
+
+
 def prebuilt_variants() -> list[Variant]:
     """All that the package can reach, 40-60 KB each."""
     sums = product(("bfloat16", "float16", "float32"), ("uniform", "csr"), (True, False))
@@ -51,6 +58,9 @@ def prebuilt_variants() -> list[Variant]:
         *(plan_few(index=index) for index in dtypes),
         # Only a plan's first pass reads the caller's ids; passes over sorted slots, and the tokens' passes, read int32 keys.
         *(place(index=index, ordered=False, output="uniform") for index in dtypes),
+        *(travel(step="pairs", index=index) for index in dtypes),
+        *(travel(step="labels", index=index, ordered=ordered) for index, ordered in product(dtypes, (True, False))),
+        travel(step="arrivals"),
         place(index="int32", ordered=False, output="order"),
         *(place(index="int32", ordered=True, output=output) for output in ("order", "rows", "uniform")),
     ]

@@ -50,7 +50,7 @@ def test_second_launch_fits_beside_the_first(resources, kernel):
 
 def test_every_form_is_built_beforehand_once():
     names = [variant.name for variant in variants.prebuilt_variants()]
-    assert len(set(names)) == len(names) == 31
+    assert len(set(names)) == len(names) == 38
     assert {"dispatch.bounds", "dispatch.place-index.int64-ordered.false-output.uniform"} < set(names)
 
 

@@ -17,22 +17,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import dispatch
-from dispatch import DispatchPlan
+from dispatch import DispatchPlan, travel
 from routing import Routing
 from sonicmoe.parallel.plan import Sends
 from sonicmoe.parallel.transport import Announced, Flight, Legs, Transport
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """Where the slots that come belong, known before they are here: tables of C chunks by W processes and their padding."""
-
-    ends: torch.Tensor
-    """(C * (W + 1),) int32: where, of all places of slots, those of a chunk from a process end."""
-    shift: torch.Tensor
-    """(C * (W + 1),) int32: what takes such a place to the slot's among those that came, which lie by process."""
-    first: torch.Tensor
-    """(C * (W + 1),) int32: the first of the process's rows in the chunk, where its slots' positions count from; -1 for padding."""
 
 
 @dataclass
@@ -42,7 +30,7 @@ class Trip:
     transport: Transport
     sends: Sends
     legs: Legs
-    arrivals: Arrivals
+    arrivals: travel.Arrivals
     labels: torch.Tensor
     """(Q, 2 + s) int32: what travels of the slots."""
     tokens: list[torch.Tensor]
@@ -79,8 +67,8 @@ class Trip:
 
 
 @torch.no_grad()
-def arrivals(announced: Announced) -> Arrivals:
-    """Of the sizes that the others have announced."""
+def arrivals(announced: Announced) -> travel.Arrivals:
+    """Of the sizes that the others have announced: for each chunk a run of places for each process, and one of padding."""
     copies, slots = announced.received.permute(2, 1, 0)  # (C, W)
     came = announced.received[..., 1].flatten().cumsum(0, dtype=torch.int32).view(-1, slots.shape[0]).t()
     padding = slots.new_zeros(slots.shape[0], 1)
@@ -90,11 +78,13 @@ def arrivals(announced: Announced) -> Arrivals:
     ends = lengths.flatten().cumsum(0, dtype=torch.int32)
     shift = torch.cat([came, padding], dim=1).flatten() - ends  # of a place and its slot, the ends differ by as much as the begins
     first = torch.cat([copies.cumsum(1) - copies, torch.full_like(padding, -1)], dim=1).flatten().int()
-    return Arrivals(ends, shift.int(), first)
+    return travel.Arrivals(ends, shift.int(), first)
 
 
 @torch.no_grad()
-def pack(sends: Sends, labels: torch.Tensor, legs: Legs, arriving: Arrivals, chunks: int, transport: Transport, experts: int) -> Trip:
+def pack(
+    sends: Sends, labels: torch.Tensor, legs: Legs, arriving: travel.Arrivals, chunks: int, transport: Transport, experts: int
+) -> Trip:
     """The trip, without looking at sizes that are on the device."""
     copies, processes = sends.copies, sends.copies.slots_per_token
     sizes = [leg.send_rows for leg in legs.copies]
@@ -181,21 +171,8 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, score, trip):
         ctx.trip, ctx.needed = trip, ctx.needs_input_grad[0]
-        arriving, sizes = trip.arrivals, trip.legs.arriving
-        labels = trip.flights.pop(("labels", 0)).wait()
-        place = torch.arange(sum(sizes), dtype=torch.int32, device=labels.device)
-        segment = torch.searchsorted(arriving.ends, place, right=True)
-        first, at = arriving.first[segment], place + arriving.shift[segment]
-        token, expert = labels.new_zeros(place.shape), torch.full_like(place, trip.experts)
-        came = score.new_zeros(place.shape)
-        if labels.shape[0]:
-            mine = labels.index_select(0, at.clamp(0, labels.shape[0] - 1))
-            words = mine[:, 2:].contiguous().view(score.dtype).squeeze(1)
-            token, expert, came = first + mine[:, 0], mine[:, 1].contiguous(), words
-            if not trip.legs.exact:
-                token, expert, came = token.where(first >= 0, 0), expert.where(first >= 0, trip.experts), came.where(first >= 0, 0.0)
-        # A place of padding sends its gradient, which is zero, to a row behind those that travel.
-        ctx.at = at if trip.legs.exact else at.where(first >= 0, labels.shape[0])
+        labels, sizes = trip.flights.pop(("labels", 0)).wait(), trip.legs.arriving
+        token, expert, came, ctx.at = travel.unpack(labels, trip.arrivals, sum(sizes), trip.experts, score.dtype)
         outputs = [part.split(sizes) for part in (came, token, expert)]
         unneeded = [] if ctx.needed else outputs[0]
         ctx.mark_non_differentiable(*unneeded, *outputs[1], *outputs[2])
@@ -209,7 +186,7 @@ class _Unpack(torch.autograd.Function):
             return None, None
         chunks, leg = len(trip.tokens), trip.legs.slots.back()
         dscore = gradients[0] if chunks == 1 else torch.cat(gradients[:chunks])
-        if chunks > 1:  # else they lie by process, as they came
+        if chunks > 1:  # else they lie by process, as they came; padding goes behind those that travel
             dscore = dscore.new_zeros(leg.send_rows + 1).index_put_((ctx.at,), dscore)[:-1]
         trip.flights["dscore", 0] = trip.transport.start(leg, dscore.unsqueeze(1).contiguous())
         return dscore.new_empty(0), None

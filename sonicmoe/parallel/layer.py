@@ -86,7 +86,7 @@ class ExpertParallelism:
         sends = plan_sends(routing, processes=self.processes, chunks=self.chunks)
         sizes = {"num_tokens": num_tokens, "slots_per_token": routing.slots_per_token, "experts": experts}
         announced = self.transport.announce(sends.counts(self.chunks), **sizes)
-        labels = sends.labels(routing, processes=self.processes)
+        labels = sends.labels(routing.score)
         arriving = exchange.arrivals(announced)
         return exchange.pack(sends, labels, announced.legs(), arriving, self.chunks, self.transport, experts)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import dispatch
-from dispatch import DispatchPlan
+from dispatch import DispatchPlan, travel
 from routing import Routing
 
 
@@ -31,8 +31,8 @@ class Sends(NamedTuple):
     destination, chunk first. So ``row_to_token`` says which tokens travel, and `dispatch.gather_sum` adds a token's copies, by process."""
     slots: DispatchPlan
     """Of the R slots: its experts are the W * C pairs of a destination and a chunk, destination first."""
-    position: torch.Tensor
-    """(R,) int32 of each slot of the routing: which of the copies of its chunk and destination it belongs to. Anything for a sentinel."""
+    spread: travel.Spread
+    """Whose experts the slots choose."""
 
     def counts(self, chunks: int) -> torch.Tensor:
         """(W, C, 2) int32: copies and slots to each process in each chunk."""
@@ -42,13 +42,10 @@ class Sends(NamedTuple):
         torch.sub(slots[1:].view(-1, chunks), slots[:-1].view(-1, chunks), out=counts[..., 1])
         return counts
 
-    def labels(self, routing: Routing, *, processes: int) -> torch.Tensor:
+    def labels(self, score: torch.Tensor) -> torch.Tensor:
         """(R, 2 + s) int32 in the order in which slots travel: position, expert counted from the destination's first, and the s words
-        of the score. Anything behind the last slot that travels."""
-        expert = routing.expert_index.int().remainder(routing.num_experts // processes)
-        words = routing.score.detach().contiguous().unsqueeze(1).view(torch.int32)
-        of_slots = torch.cat([self.position.unsqueeze(1), expert.unsqueeze(1), words], dim=1)
-        return of_slots.index_select(0, self.slots.row_to_slot.clamp(min=0))
+        of the score (R,). Anything behind the last slot that travels."""
+        return travel.labels(self.spread, score.detach(), self.slots, self.copies)
 
 
 def chunk_bounds(num_tokens: int, chunks: int) -> list[int]:
@@ -65,25 +62,10 @@ def plan_sends(routing: Routing, *, processes: int, chunks: int) -> Sends:
         processes: W.
         chunks: C.
     """
-    tokens, pairs = routing.num_tokens, processes * chunks
-    token, expert = routing.tokens(), routing.expert_index
-    live = (expert >= 0) & (expert < routing.num_experts)
-    if routing.token_index is not None:
-        live = live & (token >= 0) & (token < tokens)
-    owner = expert // (routing.num_experts // processes)
-    candidate = torch.where(live, torch.add(owner, token, alpha=processes), tokens * processes).long()
-    # A candidate that no slot names is a sentinel; slots with the same one write the same, the sentinels' into a place behind the last.
-    if chunks == 1:
-        copy_pair = slot_pair = owner
-    else:
-        chunk = ((token.long() + 1) * chunks - 1) // max(tokens, 1)  # the chunk_bounds between which the token lies
-        copy_pair = torch.add(owner, chunk, alpha=processes).to(expert.dtype)
-        slot_pair = torch.add(chunk, owner, alpha=chunks).to(expert.dtype)
-    travels = expert.new_full((tokens * processes + 1,), -1).scatter_(0, candidate, copy_pair)[:-1]
-    copies = dispatch.plan(None, travels, num_tokens=tokens, num_experts=pairs, slots_per_token=processes)
-    shape = {"num_tokens": tokens, "num_experts": pairs, "slots_per_token": routing.slots_per_token}
-    slots = dispatch.plan(routing.token_index, torch.where(live, slot_pair, -1), **shape)
-    if tokens == 0:
-        return Sends(copies, slots, torch.zeros_like(slots.slot_to_row))
-    row = copies.slot_to_row[candidate.clamp_(max=tokens * processes - 1)]
-    return Sends(copies, slots, row - copies.offsets[torch.where(live, copy_pair, 0)])
+    sizes = (routing.num_tokens, routing.num_experts, routing.slots_per_token, processes, chunks)
+    spread = travel.Spread(routing.expert_index, routing.token_index, *sizes)
+    slot_pair, copy_pair = travel.pairs(spread)
+    shape = {"num_tokens": routing.num_tokens, "num_experts": processes * chunks}
+    copies = dispatch.plan(None, copy_pair, **shape, slots_per_token=processes)
+    slots = dispatch.plan(routing.token_index, slot_pair, **shape, slots_per_token=routing.slots_per_token)
+    return Sends(copies, slots, spread)

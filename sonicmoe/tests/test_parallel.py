@@ -29,7 +29,7 @@ def test_plan_of_the_docstring():
     sends = plan_sends(routing, processes=2, chunks=1)
     assert sends.slots.row_to_slot.tolist() == [0, 1, 3, 2, 4, -1]
     assert sends.copies.row_to_token[:4].tolist() == [0, 1, 1, 2]
-    assert sends.labels(routing, processes=2)[:5, :2].tolist() == [[0, 0], [0, 1], [1, 0], [0, 0], [1, 1]]
+    assert sends.labels(routing.score)[:5, :2].tolist() == [[0, 0], [0, 1], [1, 0], [0, 0], [1, 1]]
     assert sends.counts(1).tolist() == [[[2, 3]], [[2, 2]]]
 
 
@@ -48,7 +48,7 @@ def test_plan_sends_each_token_once_to_each_process(slots_per_token: int | None,
     score = torch.rand(T * K, generator=generator)
     routing = Routing(token, expert, score, T, E, slots_per_token)
     sends = plan_sends(routing, processes=W, chunks=chunks)
-    counts, labels = sends.counts(chunks), sends.labels(routing, processes=W)
+    counts, labels = sends.counts(chunks), sends.labels(score)
     bounds = chunk_bounds(T, chunks)
     assert bounds == ([0, 7, 15, 23] if chunks == 3 else [0, 23])
     for chunk in range(chunks):
