@@ -68,17 +68,19 @@ class Trip:
 
 @torch.no_grad()
 def arrivals(announced: Announced) -> travel.Arrivals:
-    """Of the sizes that the others have announced: for each chunk a run of places for each process, and one of padding."""
+    """Of the sizes that the others have announced: for each chunk a run of places for each process, and one of padding where
+    their number is fixed."""
     copies, slots = announced.received.permute(2, 1, 0)  # (C, W)
     came = announced.received[..., 1].flatten().cumsum(0, dtype=torch.int32).view(-1, slots.shape[0]).t()
-    padding = slots.new_zeros(slots.shape[0], 1)
+    first = copies.cumsum(1, dtype=torch.int32) - copies
     if announced.places is not None:
-        padding = announced.places - slots.sum(1, keepdim=True)
-    lengths = torch.cat([slots, padding], dim=1).int()
-    ends = lengths.flatten().cumsum(0, dtype=torch.int32)
-    shift = torch.cat([came, padding], dim=1).flatten() - ends  # of a place and its slot, the ends differ by as much as the begins
-    first = torch.cat([copies.cumsum(1) - copies, torch.full_like(padding, -1)], dim=1).flatten().int()
-    return travel.Arrivals(ends, shift.int(), first)
+        padding = (announced.places - slots.sum(1, keepdim=True)).int()
+        slots, came, first = (
+            torch.cat(parts, dim=1) for parts in ((slots, padding), (came, padding), (first, torch.full_like(padding, -1)))
+        )
+    ends = slots.flatten().cumsum(0, dtype=torch.int32)
+    shift = came.flatten() - ends  # of a run and its labels, the ends differ by as much as the begins
+    return travel.Arrivals(ends, shift, first.flatten())
 
 
 @torch.no_grad()
@@ -159,9 +161,8 @@ class _Depart(torch.autograd.Function):
         trip, dx, dscore = ctx.trip, None, None
         if ctx.needs[1]:
             came, row = trip.flights.pop(("dscore", 0)).wait().squeeze(1), trip.sends.slots.slot_to_row
-            dscore = came.new_zeros(row.shape)
-            if came.shape[0]:
-                dscore = came.index_select(0, row.clamp(min=0)).masked_fill_(row < 0, 0.0)
+            came = came if came.shape[0] else came.new_zeros(1)
+            dscore = came.index_select(0, row.clamp(min=0)).masked_fill_(row < 0, 0.0)
         if ctx.needs[0]:
             dx = trip.landed("drows")
         return dx, dscore, None
@@ -170,7 +171,8 @@ class _Depart(torch.autograd.Function):
 class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, score, trip):
-        ctx.trip, ctx.needed = trip, ctx.needs_input_grad[0]
+        ctx.trip, ctx.needed, ctx.like = trip, ctx.needs_input_grad[0], score.new_empty(0)
+        ctx.set_materialize_grads(False)  # it would make zeros for the indices
         labels, sizes = trip.flights.pop(("labels", 0)).wait(), trip.legs.arriving
         token, expert, came, ctx.at = travel.unpack(labels, trip.arrivals, sum(sizes), trip.experts, score.dtype)
         outputs = [part.split(sizes) for part in (came, token, expert)]
@@ -184,8 +186,9 @@ class _Unpack(torch.autograd.Function):
         trip = ctx.trip
         if not ctx.needed:
             return None, None
-        chunks, leg = len(trip.tokens), trip.legs.slots.back()
-        dscore = gradients[0] if chunks == 1 else torch.cat(gradients[:chunks])
+        chunks, leg, sizes = len(trip.tokens), trip.legs.slots.back(), trip.legs.arriving
+        of_chunks = [ctx.like.new_zeros(size) if one is None else one for one, size in zip(gradients[:chunks], sizes, strict=True)]
+        dscore = of_chunks[0] if chunks == 1 else torch.cat(of_chunks)
         if chunks > 1:  # else they lie by process, as they came; padding goes behind those that travel
             dscore = dscore.new_zeros(leg.send_rows + 1).index_put_((ctx.at,), dscore)[:-1]
         trip.flights["dscore", 0] = trip.transport.start(leg, dscore.unsqueeze(1).contiguous())

@@ -17,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from routing import RouterConfig
+from dispatch import travel
+from routing import RouterConfig, Routing
 from sonicmoe import MoE, accuracy, cases, cli
 from sonicmoe.moe import EXPERT_PARAMETERS
 from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_shard_layer, judging, measure
@@ -152,6 +154,76 @@ def copies_and_pairs(expert: int) -> tuple[int, int]:
     _, router = layer(x, return_router=True)
     owners = router.routing.expert_index.view(40, -1) // (SIZES.E // expert)
     return counted[0][..., 0].sum().item(), sum(len(set(row)) for row in owners.tolist())
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that launch something; what is a kernel of ours on a GPU counts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        views = (
+            "view",
+            "_unsafe_view",
+            "detach",
+            "select",
+            "slice",
+            "split",
+            "unbind",
+            "transpose",
+            "t",
+            "unsqueeze",
+            "squeeze",
+            "permute",
+            "alias",
+        )
+        name = operator.overloadpacket.__name__
+        self.count += not (name in views or name.startswith(("split", "empty", "new_empty")))
+        return operator(*args, **(kwargs or {}))
+
+    def one(self, function):
+        def call(*args, **options):
+            self.count += 1
+            with _disable_current_modes():
+                return function(*args, **options)
+
+        return call
+
+
+def operators_of_a_pass(chunks: int) -> tuple[int, int]:
+    """What a use of a layer launches, forward and backward, beside router and experts, whose stand-in copies rows and uses each score."""
+    layer = expert_parallel(_layer(), mesh(2)["expert"], chunks=chunks)
+    x = torch.randn(16, 32, dtype=torch.float64, requires_grad=True)
+    expert = torch.arange(48, dtype=torch.int32) % SIZES.E
+    routing = Routing(None, expert, torch.rand(48, requires_grad=True), 16, SIZES.E, SIZES.K)
+    counter = _Operators()
+
+    def stand_in(rows, w_up, w_down, arrived, **options):
+        return _StandIn.apply(rows, arrived.score)
+
+    kernels = {name: counter.one(getattr(travel, name)) for name in ("pairs", "labels", "unpack")}
+    with mock.patch.multiple(travel, **kernels), mock.patch("sonicmoe.parallel.layer.routed_experts", stand_in):
+        with counter:
+            out, _ = layer.parallelism.routed_experts(x, layer.w_up.to_local(), layer.w_down.to_local(), routing)
+        forward, dout = counter.count, torch.ones_like(out)
+        with counter:
+            torch.autograd.grad(out, [x, routing.score], dout)
+    return forward, counter.count - forward
+
+
+class _StandIn(torch.autograd.Function):
+    """One operator forward, two backward."""
+
+    @staticmethod
+    def forward(ctx, rows, score):
+        ctx.slots = score.shape[0]
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.clone(), dy.new_zeros(ctx.slots, dtype=torch.float32)
 
 
 def _layer(seed: int = 0, **options) -> MoE:

@@ -133,6 +133,12 @@ def test_a_token_travels_once_to_each_rank(ranks: LocalGroup):
         assert copies < 40 * checks.SIZES.K
 
 
+@pytest.mark.parametrize(("chunks", "operators"), [(1, (20, 11)), (2, (26, 19)), (4, (34, 29))])
+def test_a_pass_launches_few_operators(ranks: LocalGroup, chunks: int, operators: tuple[int, int]):
+    """docs/expert_parallel.md has the numbers; of the two passes a chunk's stand-in for the experts has three."""
+    assert ranks.run(checks.operators_of_a_pass, chunks) == [operators] * 4
+
+
 def test_shared_expert_runs_while_tokens_travel(ranks: LocalGroup):
     for order in ranks.run(checks.shared_expert_runs_meanwhile):
         assert order[:3] == ["start", "start", "shared"]
