@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+import dispatch
 from dispatch import travel
 from routing import RouterConfig, Routing
 from sonicmoe import MoE, accuracy, cases, cli
@@ -204,7 +205,11 @@ def operators_of_a_pass(chunks: int) -> tuple[int, int]:
         return _StandIn.apply(rows, arrived.score)
 
     kernels = {name: counter.one(getattr(travel, name)) for name in ("pairs", "labels", "unpack")}
-    with mock.patch.multiple(travel, **kernels), mock.patch("sonicmoe.parallel.layer.routed_experts", stand_in):
+    with (
+        mock.patch.multiple(travel, **kernels),
+        mock.patch.object(dispatch, "plan", counter.one(dispatch.plan)),
+        mock.patch("sonicmoe.parallel.layer.routed_experts", stand_in),
+    ):
         with counter:
             out, _ = layer.parallelism.routed_experts(x, layer.w_up.to_local(), layer.w_down.to_local(), routing)
         forward, dout = counter.count, torch.ones_like(out)
