@@ -116,7 +116,7 @@ def unpack(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of labels (N, 2 + s) that have come, of each of M places: token and expert, int32, score, and ``at``, int32, which label it has.
 
-    A place of padding has token 0, expert ``num_experts``, a score of 0, and is at N.
+    The runs of ``arrivals`` hold all M places. A place of padding has token 0, expert ``num_experts``, a score of 0, and is at N.
     """
     check_backend(backend)
     device = labels.device

@@ -107,7 +107,7 @@ def pack(
     padded = labels.new_zeros(legs.slots.send_rows, labels.shape[1])
     most = min(padded.shape[0], labels.shape[0])
     padded[:most] = labels[:most]
-    landing = copies._replace(slot_to_row=landed, row_to_token=tokens.flatten())
+    landing = copies._replace(slot_to_row=landed)
     return Trip(transport, sends, legs, arriving, padded, list(tokens.view(chunks, rows)), landing, experts)
 
 
