@@ -185,3 +185,16 @@ def test_sentinel_slots_without_tokens_are_no_trouble() -> None:
 def test_bad_input_is_refused_by_name(rows: torch.Tensor, score: torch.Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gather_sum(rows, score, token_major_plan(0))
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_any_number_of_rows_will_do_that_holds_those_in_use(count: int):
+    expert = torch.tensor([0, 5, 1, 0, 5, 5])  # three of six slots have a row
+    layout = plan(None, expert, num_tokens=3, num_experts=2, slots_per_token=2)
+    rows = torch.arange(count * 8, dtype=torch.float32).view(count, 8)
+    want = torch.stack([rows[0], rows[2] + rows[1], torch.zeros(8)])
+    assert torch.equal(gather_sum(rows, None, layout, any_rows=True), want)
+    with pytest.raises(ValueError, match=r"^rows: shape \(\d, 8\): must be \(R, H\) with the plan's R=6$"):
+        gather_sum(rows, None, layout)
+    with pytest.raises(ValueError, match=r"^any_rows=True: rows and score must need no gradient$"):
+        gather_sum(rows.requires_grad_(), None, layout, any_rows=True)
