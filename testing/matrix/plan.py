@@ -153,7 +153,7 @@ def cost_seconds(cell: Cell, profile: Profile) -> float:
         return costs.process * cell.processes
     if isinstance(cell, SpeedCell):
         tokens, hidden, intermediate, _, per_token = cell.thiek
-        return 4.0 + 3e-14 * 18 * tokens * per_token * hidden * intermediate
+        return 4.4 + 3.3e-14 * 18 * tokens * per_token * hidden * intermediate
     raise TypeError(f"{type(cell).__name__}: no cost is known for this kind of cell")
 
 

@@ -112,10 +112,10 @@ def run_speed_selftest(matrix: Matrix, seed: int) -> Selftest:
     generator = random.Random(seed)
     part = simulate.with_recorded_floor(matrix, generator)
     (cell,) = part.cells
-    good = simulate.decide(part, simulate.simulate(generator, {}))
+    good = simulate.decide(part, simulate.simulate(generator, part.speed_rule, {}))
     outcomes = []
     for name, slower in simulate.DEFECTS.items():
-        measured = simulate.simulate(generator, slower)
+        measured = simulate.simulate(generator, part.speed_rule, slower)
         verdict = simulate.decide(part, measured)
         lost = simulate.losses(part, measured)
         by = ", ".join(f"{what} {share:.1%}" for what, share in lost[:3])

@@ -1,15 +1,20 @@
-"""When a speed cell is too slow: medians of trials against recorded floors, with their spread taken into account.
+"""When a speed cell is too slow: what its trials say against recorded floors, with their spread taken into account.
 
-A trial times the layer, each of its operations and the GEMM bound in turn, on fresh tokens. ratio = bound / layer, trial by
-trial, so that what slows both cancels. docs/gate.md states the rule in full; this module needs no torch.
+A trial times the layer, each of its operations and the GEMM bound in turn. ratio = bound / layer, trial by trial, so that what
+slows both cancels. A round is one trial of each of the cell's draws of tokens and router, which are the same in every run: how much
+work they make is then the same as in the run behind the floor. docs/gate.md states the rule in full; this module needs no torch.
 """
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-TRIALS, MOST_TRIALS = 9, 27
+DRAWS = 5
+"""Tokens and routers of a cell, each timed once in a round."""
+ROUNDS, MOST_ROUNDS = 2, 6
+QUARTILES = 1.349
+"""Distance between the quartiles of a normal distribution, in standard deviations."""
 
 
 class Rule(NamedTuple):
@@ -51,50 +56,77 @@ class Machine(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Milliseconds of one trial."""
+    """Milliseconds of one trial, of one draw."""
 
     ms: float
     bound_ms: float
     kernels: dict[str, float]
 
+    @property
+    def ratio(self) -> float:
+        return self.bound_ms / self.ms
 
-def summarize(trials: list[Trial]) -> dict[str, Any]:
-    """The fields of a speed cell's result that come from its trials: medians, and distances between quartiles."""
-    ms, ms_spread = _quartiles([trial.ms for trial in trials])
-    bound_ms, bound_spread = _quartiles([trial.bound_ms for trial in trials])
-    ratio, ratio_spread = _quartiles([trial.bound_ms / trial.ms for trial in trials])
+
+Round = list[Trial]
+"""One trial of each draw, in the draws' order."""
+
+
+def summarize(rounds: list[Round]) -> dict[str, Any]:
+    """The fields of a speed cell's result that come from its trials: two rounds or more, all of the same draws."""
+    ms, ms_spread = _over_draws(rounds, lambda trial: trial.ms)
+    bound_ms, bound_spread = _over_draws(rounds, lambda trial: trial.bound_ms)
+    ratio, ratio_spread = _over_draws(rounds, lambda trial: trial.ratio)
     kernels = {}
-    for name in trials[0].kernels:
-        kernel_ratio, kernel_spread = _quartiles([trial.bound_ms / trial.kernels[name] for trial in trials])
-        kernels[name] = {
-            "ms": statistics.median(trial.kernels[name] for trial in trials),
-            "ratio": kernel_ratio,
-            "ratio_spread": kernel_spread,
-        }
+    for name in rounds[0][0].kernels:
+        kernel_ms, _ = _over_draws(rounds, lambda trial, name=name: trial.kernels[name])
+        kernel_ratio, kernel_spread = _over_draws(rounds, lambda trial, name=name: trial.bound_ms / trial.kernels[name])
+        kernels[name] = {"ms": kernel_ms, "ratio": kernel_ratio, "ratio_spread": kernel_spread}
     return {
-        "trials": len(trials),
+        "trials": sum(map(len, rounds)),
         "ms": ms,
         "ms_spread": ms_spread,
         "bound_ms": bound_ms,
         "bound_ms_spread": bound_spread,
         "ratio": ratio,
         "ratio_spread": ratio_spread,
+        "draw_ratios": _by_draw(rounds, lambda trial: trial.ratio),
         "kernels": kernels,
     }
 
 
+def _over_draws(rounds: list[Round], value: Callable[[Trial], float]) -> tuple[float, float]:
+    """(mean over draws of each draw's median, distance between the quartiles of one draw's trials).
+
+    The mean, since every trial then counts. Of draws further apart than the measurement scatters a median would be one draw's value,
+    sqrt(draws) times as uncertain, and would not see what got slower in the others.
+
+    Two rounds are too few for quartiles, so the distance is that of normal scatter with the pooled standard deviation about each
+    draw's own mean, which has trials - draws degrees of freedom.
+    """
+    variances = [statistics.variance(map(value, trials)) for trials in zip(*rounds, strict=True)]
+    return statistics.fmean(_by_draw(rounds, value)), QUARTILES * math.sqrt(statistics.fmean(variances))
+
+
+def _by_draw(rounds: list[Round], value: Callable[[Trial], float]) -> list[float]:
+    """Each draw's median over the rounds."""
+    return [statistics.median(map(value, trials)) for trials in zip(*rounds, strict=True)]
+
+
 def uncertainty(spread: float, trials: int) -> float:
-    """Three standard errors of a median: 3 * 1.2533 sigma / sqrt(n), sigma being the distance between quartiles / 1.349."""
+    """Three standard errors of a median: 3 * 1.2533 sigma / sqrt(n), sigma being the distance between quartiles / 1.349.
+
+    Of a mean of medians of few trials each it is up to a quarter too much, which makes up for a sigma from as few as five residuals.
+    """
     return 2.79 * spread / math.sqrt(trials)
 
 
-def needs_more_trials(trials: list[Trial], rule: Rule) -> bool:
-    """Whether what was measured so far cannot be judged yet and more trials may help."""
-    if len(trials) < TRIALS:
+def needs_more_rounds(rounds: list[Round], rule: Rule) -> bool:
+    """Whether what was measured so far cannot be judged yet and another round may help."""
+    if len(rounds) < ROUNDS:
         return True
-    summary = summarize(trials)
-    noisy = uncertainty(summary["ratio_spread"], len(trials)) > rule.most_noise * summary["ratio"]
-    return noisy and len(trials) < MOST_TRIALS
+    ratio, spread = _over_draws(rounds, lambda trial: trial.ratio)
+    noisy = uncertainty(spread, sum(map(len, rounds))) > rule.most_noise * ratio
+    return noisy and len(rounds) < MOST_ROUNDS
 
 
 def floor_of(floors: list[Floors], name: str, machine: Machine) -> tuple[Floors, Floor] | None:
@@ -157,11 +189,3 @@ def _lost(value: float, spread: float, trials: int, floor: float, rule: Rule) ->
     """The share that is lost against the floor, 0 where it is allowed or may be noise."""
     lost = value + uncertainty(spread, trials) < floor * (1 - rule.allowed_loss)
     return 1 - value / floor if lost else 0.0
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    """(median, distance between the quartiles)."""
-    if len(values) == 1:
-        return values[0], 0.0
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return median, third - first

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from testing.matrix import gate, selftest
+from testing.matrix import gate, selftest, simulate
 from testing.matrix.__main__ import main
 from testing.matrix.cells import MatrixError, load_matrix
 from testing.matrix.describe import describe
 from testing.matrix.results import NO_FLOOR
-from testing.matrix.speed import MOST_TRIALS, TRIALS, Floor, Floors, Machine, Rule, Trial, judge_speed, needs_more_trials, summarize
+from testing.matrix.speed import MOST_ROUNDS, ROUNDS, Floor, Floors, Machine, Rule, Trial, judge_speed, needs_more_rounds, summarize
 from testing.tests import small_matrix
 
 NAME = "speed/fast/forward"
@@ -83,19 +83,39 @@ def test_the_own_devices_floor_goes_before_another_ones():
     assert judged(H100, floors, ratio=0.7) == ["ratio"]
 
 
-def test_medians_and_quartiles_are_those_of_the_trials():
-    summary = summarize([Trial(ms, 1.0, {"up_projection": ms / 2}) for ms in (1.0, 1.25, 2.0, 2.5, 4.0)])
-    assert (summary["ms"], summary["ms_spread"], summary["trials"]) == (2.0, 1.25, 5)
-    assert (summary["ratio"], summary["ratio_spread"]) == (0.5, pytest.approx(0.4))
-    assert summary["kernels"] == {"up_projection": {"ms": 1.0, "ratio": 1.0, "ratio_spread": pytest.approx(0.8)}}
+def rounds_of(*rounds):
+    """Rounds of trials that took so many ms, one number for each draw; the bound takes 1 ms and the one operation half of the layer's."""
+    return [[Trial(ms, 1.0, {"up_projection": ms / 2}) for ms in row] for row in rounds]
 
 
-def test_more_trials_are_run_while_the_ratio_is_uncertain_and_never_without_end():
-    steady, noisy = [Trial(1.0, 0.8, {})], [Trial(1.0, 0.8, {}), Trial(1.1, 0.8, {})]
-    assert needs_more_trials(steady * (TRIALS - 1), RULE)
-    assert not needs_more_trials(steady * TRIALS, RULE)
-    assert needs_more_trials(noisy * 6, RULE)
-    assert not needs_more_trials(noisy * MOST_TRIALS, RULE)
+def test_a_cell_is_the_mean_over_draws_of_the_medians_over_rounds():
+    summary = summarize(rounds_of((1.0, 4.0), (2.0, 4.0), (2.0, 5.0)))
+    assert (summary["ms"], summary["bound_ms"], summary["trials"]) == (3.0, 1.0, 6)
+    assert (summary["ratio"], summary["draw_ratios"]) == (0.375, [0.5, 0.25])
+    assert (summary["kernels"]["up_projection"]["ms"], summary["kernels"]["up_projection"]["ratio"]) == (1.5, 0.75)
+    # Each draw's squares about its own mean are 2/3, in all 4/3 for 6 trials - 2 draws: sigma is the root of 1/3.
+    assert summary["ms_spread"] == pytest.approx(1.349 * (1 / 3) ** 0.5)
+
+
+def test_what_tells_draws_apart_is_no_noise():
+    summary = summarize(rounds_of((1.0, 1.03, 1.2), (1.0, 1.03, 1.2)))
+    spreads = [summary[key] for key in ("ms_spread", "bound_ms_spread", "ratio_spread")]
+    assert [*spreads, summary["kernels"]["up_projection"]["ratio_spread"]] == [0.0] * 4
+
+
+def test_more_rounds_are_run_while_the_ratio_is_uncertain_and_never_without_end():
+    steady, noisy = rounds_of((1.0, 1.2), (1.0, 1.2)), rounds_of((1.0, 1.2), (1.1, 1.3))
+    assert needs_more_rounds([], RULE)
+    assert needs_more_rounds(steady[: ROUNDS - 1], RULE)
+    assert not needs_more_rounds(steady, RULE)
+    assert needs_more_rounds(noisy, RULE)
+    assert not needs_more_rounds(noisy * (MOST_ROUNDS // 2), RULE)
+
+
+@pytest.mark.parametrize("scatter", [0.003, 0.006])
+def test_draws_three_percent_apart_neither_fail_good_code_nor_hide_a_loss_of_five_percent(scatter):
+    good, slow = (simulate.failures(random.Random(3), RULE, loss=loss, scatter=scatter, repeats=100) for loss in (0.0, 0.05))
+    assert (dict(good), dict(slow)) == ({}, {"ratio": 100})
 
 
 def test_simulated_speed_defects_are_caught_and_good_code_passes():
