@@ -44,13 +44,13 @@ class Constants:
     )
     copy_gb_s: float = _constant(3000, "measured: device copy, bytes read and written, on the same GPU")
     host_gb_s: float = _constant(
-        229, "measured: exchange alone on 2 H100s at 16384,4096,1024,128,8, its bytes over what 1, 2 and 4 chunks have in common"
+        205, "measured: exchange alone on 2 H100s at 16384,4096,1024,128,8, its bytes over what 1 and 2 chunks have in common"
     )
     network_gb_s: float = _constant(45, "assumption: one 400 Gb/s card for each GPU, 90% used")
     journey_us: float = _constant(30, "measured: what each chunk more added to the four journeys there, beyond their bytes")
     peer_us: float = _constant(1.0, "assumption: each process on another host, beyond its bytes")
-    use_us: float = _constant(2970, "measured: the step without exchange there, beyond products and what grows with chunks")
-    chunk_us: float = _constant(1140, "measured: what each chunk more added to it, beyond products and the addition of weight gradients")
+    use_us: float = _constant(1950, "measured: the step without exchange there, beyond products and what grows with chunks")
+    chunk_us: float = _constant(490, "measured: what each chunk more added to it, beyond products and the addition of weight gradients")
     gpus_per_host: int = _constant(8, "assumption: as HGX H100 has")
     tile_rows: int = _constant(128, "fact: rows of a tile")
 

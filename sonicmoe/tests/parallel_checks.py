@@ -65,7 +65,7 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
     router = RouterConfig(k=k, **router)
     case = cases.make_case(sizes, seed=3, dtype=cases.DTYPES[dtype], router=router, device=device(), **of_case)
     if everyone_to is not None:
-        owner = torch.arange(SIZES.E) // (SIZES.E // expert) == everyone_to
+        owner = torch.arange(sizes.E, device=case.x.device) // (sizes.E // expert) == everyone_to
         weight = case.router_weight.abs() * torch.where(owner, 1.0, -1.0).to(case.x.dtype).unsqueeze(1)
         case = dataclasses.replace(case, x=case.x.abs(), router_weight=weight)
     if "capacity" in options and device().type == "cpu":

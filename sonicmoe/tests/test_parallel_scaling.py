@@ -42,16 +42,16 @@ def test_one_gpu_exchanges_nothing():
 
 
 def test_two_gpus_by_hand():
-    """Every token but one in 320 goes to the other GPU: 134 MB a journey at 229 GB/s, four journeys."""
+    """Every token but one in 320 goes to the other GPU: 134 MB a journey at 205 GB/s, four journeys."""
     step = predict(SIZES, Setup(gpus=2, expert=2))
     assert step.near == pytest.approx(1 - 1 / 320, abs=1e-4)
-    assert step.exchange == pytest.approx(4 * (0.9969 * 134.2 / 229 + 0.030), rel=1e-3)
+    assert step.exchange == pytest.approx(4 * (0.9969 * 134.2 / 205 + 0.030), rel=1e-3)
     assert step.exposed == pytest.approx(step.exchange)
-    assert step.overhead == pytest.approx(2.97 + 1.14)
+    assert step.overhead == pytest.approx(1.95 + 0.49)
     assert step.total == pytest.approx(step.products + step.overhead + step.exposed)
 
 
-@pytest.mark.parametrize(("chunks", "exposed"), [(1, 0.2), (2, 1.0), (4, 2.1)])
+@pytest.mark.parametrize(("chunks", "exposed"), [(1, 0.2), (2, 0.7)])
 def test_model_stays_near_what_was_measured(chunks: int, exposed: float):
     """On two GPUs, without and with exchange; of what chunks expose the model misses up to ``exposed`` ms, which docs/scaling.md says."""
     (cell,) = (
