@@ -3,14 +3,15 @@
     dout (T, H) ---cp.async by row_to_token--> A tile m x 64 --+
                                                                +-- wgmma, H/64 stages --> n columns of da (R, I)   (float32)
     w_down (E, H, I) -------TMA, multicast---> B tile 64 x n --+                             |
-    z (R, Z) ---------------16-byte sectors, a chunk of columns ahead----------------------> epilogue
+    z (R, Z) ---TMA, a tail's rows by cp.async---> boxes m x 64 in the stages behind ------> epilogue
     score (R,), by slot --------------------------------------------------------------------'  |
         a = act(z)   dz = score * da * act'(z) --> dz (R, Z)   score * a --> scaled_a (R, I)   row sum of da * a --> partial (tiles, R)
 
 a is recomputed from the stored z, so neither a nor y is kept for backward. ``partial`` has one row for each tile of columns, added
 up in a fixed order by score_grad.py. FLOPs 2 R H I. Bytes from memory: w_down once for every expert with rows, dout and z
 once, dz and scaled_a once: 2 (E H I + T H + 2 R Z + R I) + 4 R I / n.
-``transposed`` weights are stored (E, I, H). Roles, barriers and arrive counts of the main loop: grouped_gemm.py.
+``transposed`` weights are stored (E, I, H). Roles, barriers and arrive counts of the main loop: grouped_gemm.py, and of
+the stages of z: fed_gemm.py.
 """
 
 import cuda.bindings.driver as cuda
@@ -20,10 +21,9 @@ from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from sonicmoe.kernels.epilogue_backward import ActivationBackwardEpilogue
-from sonicmoe.kernels.epilogue_fed import FedActivationBackwardEpilogue
 from sonicmoe.kernels.fake import DTYPES, row_major, tickets_of_plan
 from sonicmoe.kernels.fed_gemm import FedGemm
-from sonicmoe.kernels.grouped_gemm import GroupedGemm, weight_tensor
+from sonicmoe.kernels.grouped_gemm import weight_tensor
 from sonicmoe.kernels.scheduler import Counter
 from sonicmoe.kernels.tiles import TILES, Tile
 
@@ -42,14 +42,10 @@ class ActivationBackward:
         transposed: bool,
     ) -> None:
         self.transposed = transposed
-        options = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "dz": dz, "dscore": dscore, "scaled_a": scaled_a}
-        common = {"tile": tile, "dtype": dtype, "ticket": Counter.ACTIVATION_BACKWARD, "transposed_b": not transposed}
-        if tile.fed:
-            self.epilogue = FedActivationBackwardEpilogue(tile=tile, **options)
-            self.gemm = FedGemm(epilogue=self.epilogue, **common)
-        else:
-            self.epilogue = ActivationBackwardEpilogue(tile_n=tile.n, **options)
-            self.gemm = GroupedGemm(epilogue=self.epilogue, gather=True, gated=False, **common)
+        self.epilogue = ActivationBackwardEpilogue(
+            tile=tile, dtype=dtype, activation=activation, interleaved=interleaved, dz=dz, dscore=dscore, scaled_a=scaled_a
+        )
+        self.gemm = FedGemm(tile=tile, dtype=dtype, epilogue=self.epilogue, ticket=Counter.ACTIVATION_BACKWARD, transposed_b=not transposed)
 
     @cute.jit
     def __call__(
@@ -76,8 +72,6 @@ class ActivationBackward:
         gradient = None
         if const_expr(dz is not None):
             gradient = cute.make_tensor(dz.iterator, layout)
-        if const_expr(self.gemm.tile.fed):
-            z = cute.make_tensor(z.iterator, layout)
         scaled = None
         if const_expr(scaled_a is not None):
             scaled = cute.make_tensor(scaled_a.iterator, cute.make_layout((rows, columns, 1), stride=(scaled_a.stride[0], 1, columns)))
@@ -88,7 +82,7 @@ class ActivationBackward:
             offsets,
             tickets,
             cute.ceil_div(columns, self.gemm.tile.n),
-            self.epilogue.prepare(z, score, row_slot, columns, gradient, scaled, partial),
+            self.epilogue.prepare(cute.make_tensor(z.iterator, layout), score, row_slot, gradient, scaled, partial),
             blocks,
             stream,
         )

@@ -1,20 +1,28 @@
-"""The epilogue of activation_backward.py: activations with their derivatives, and the three results of one block of 64 rows.
+"""The epilogue of activation_backward.py, on z in shared memory (fed_gemm.py): every warp for itself, without a barrier.
 
-A thread holds da where epilogue.py says; z it loads itself, the values of its own rows and columns: 8 bytes (gate, up, gate, up)
-of the interleaved layout, else 4 bytes a part. Rows and columns beyond the end are clamped to the last one, not branched around:
-a predicate a load would keep the loads from being in flight together, and what is computed there is never stored. One unit of
-columns is loaded ahead of the one that is computed. dz may be z's own memory: an element of z is read by one thread only, before the
-barrier behind which its unit of dz is stored.
+A warp has 16 of its consumer's 64 rows, a thread da where epilogue.py says. A *unit* is what one box of 64 columns of z gives (both
+boxes, of the gate and of the up projection, where those lie apart): 32 columns of da of the interleaved layout, else 64. A thread
+reads its own elements of z, 8 bytes (gate, up, gate, up) or 4 a part, and writes dz over them; scaled_a goes to the warp's staging,
+two chunks of 16 rows x 64 columns. Then the warp's 16 rows x 64 columns of each leave by TMA if they are all the expert's, else by
+16-byte stores of the rows that are. So the registers beside the accumulators are few.
+
+dz may be z's own memory: 64 columns of dz go where the box of z came from that they were computed on, and no block reads another
+one's (of a tail only the rows there are: fed_gemm.py).
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.epilogue import GATED, RowStore, acquire_buffer, finish_stores, put_interleaved, relu, sigmoid
+from sonicmoe.kernels.epilogue import GATED, relu, sigmoid
+from sonicmoe.kernels.tiles import TILE_K, Tile
 
 ONE = 1.0
+
+ROWS = 16
+"""Of a warp."""
 
 
 def _silu(x: Float32) -> tuple[Float32, Float32]:
@@ -80,89 +88,168 @@ DERIVED = {
 """(value, derivative) of z, or (value, derivative by gate, derivative by up) of gate and up."""
 
 
+def box_layout(dtype: type[cutlass.Numeric], rows: int):
+    """Of rows x 64 columns in shared memory, 128-byte swizzle."""
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype), (rows, TILE_K), order=(0, 1))
+
+
+class WarpStore:
+    """Stores chunks of 16 rows x 64 columns, by one warp, of a row-major output seen as (rows, columns, parts)."""
+
+    def __init__(self, dtype: type[cutlass.Numeric]) -> None:
+        self.dtype = dtype
+
+    def prepare(self, out: cute.Tensor) -> tuple:
+        layout = box_layout(self.dtype, ROWS)
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), out, layout, (ROWS, TILE_K))
+        return atom, tensor, out
+
+    @cute.jit
+    def send(self, args: tuple, pointer: cute.Pointer, row: Int32, row_end: Int32, column: Int32, part: cutlass.Constexpr[int]):
+        """What the warp has written at ``pointer`` to rows [row, min(row + 16, row_end)); joins the warp's next bulk group."""
+        atom, tensor, out = args
+        if row + ROWS <= row_end:
+            layout = box_layout(self.dtype, ROWS)
+            shared = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=self.dtype), layout.outer)
+            target = cute.local_tile(cute.domain_offset((row, column), tensor[None, None, part]), (ROWS, TILE_K), (0, 0))
+            to_shared, to_memory = cpasync.tma_partition(
+                atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(target, 0, 2)
+            )
+            cute.copy(atom, to_shared, to_memory)
+        else:
+            piece = cute.arch.lane_idx() % 8
+            at = column + piece * 8
+            destination = out.iterator.toint() + (Int64(part) * out.stride[2] + at) * 2
+            for i in cutlass.range_constexpr(ROWS // 4):
+                line = cute.arch.lane_idx() // 8 + i * 4
+                if (row + line < row_end) & (at < out.shape[1]):
+                    source = pointer.toint() + line * 128 + ((piece ^ (line % 8)) * 16)
+                    ptx.copy_16_bytes_out(destination + Int64(row + line) * (out.stride[0] * 2), source)
+
+
 class ActivationBackwardEpilogue:
     """accumulator = da -> dz and scaled_a, stored; row sums of da * a -> partial. Each of the three may be left out."""
 
     def __init__(
-        self, *, dtype: type[cutlass.Numeric], tile_n: int, activation: str, interleaved: bool, dz: bool, dscore: bool, scaled_a: bool
+        self, *, dtype: type[cutlass.Numeric], tile: Tile, activation: str, interleaved: bool, dz: bool, dscore: bool, scaled_a: bool
     ) -> None:
         self.dtype = dtype
-        self.tile_n = tile_n
+        self.tile = tile
         self.gated = activation in GATED
         self.derive = DERIVED[activation]
         self.interleaved = interleaved and self.gated
         self.dz, self.dscore, self.scaled_a = dz, dscore, scaled_a
-        self.width = 32 if self.gated else 64  # columns of a unit; with gate and up they are 64 columns of z
-        self.dz_store = RowStore(dtype, 64 if self.interleaved else self.width)
-        self.a_store = RowStore(dtype, self.width)
+        self.unit_columns = 32 if self.interleaved else 64
+        self.units = tile.n // self.unit_columns
+        self.boxes_per_unit = 2 if self.gated and not self.interleaved else 1
+        self.boxes = self.units * self.boxes_per_unit
+        room = 1 + tile.n // tile.m
+        self.boxes_per_stage = room // self.boxes_per_unit * self.boxes_per_unit
+        self.input_stages = -(-self.boxes // self.boxes_per_stage)
+        self.chunk_units = TILE_K // self.unit_columns
+        self.loaded_groups = 4 if tile.consumers == 2 else 1  # z of as many groups is in registers at a time
+        self.warp_store = WarpStore(dtype)
 
-    def prepare(self, z, score, row_slot, columns, dz, scaled_a, partial) -> tuple:
-        """dz (rows, columns, parts) and scaled_a (rows, columns, 1) as RowStore takes them, or None."""
+    def column_of_box(self, box, column_tile):
+        """The first column, in its part, of a tile's box; its part is the remainder by ``boxes_per_unit``."""
+        if self.interleaved:
+            return column_tile * (2 * self.tile.n) + box * TILE_K
+        return column_tile * self.tile.n + box // self.boxes_per_unit * TILE_K
+
+    def prepare(self, z, score, row_slot, dz, scaled_a, partial) -> tuple:
+        """z and dz (rows, columns, parts), scaled_a (rows, columns, 1)."""
+        rows = self.tile.m
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), z, box_layout(self.dtype, rows), (rows, TILE_K))
         return (
-            z,
+            (atom, tensor, z),
             score,
             row_slot,
-            columns,
-            self.dz_store.prepare(dz) if const_expr(self.dz) else None,
-            self.a_store.prepare(scaled_a) if const_expr(self.scaled_a) else None,
+            self.warp_store.prepare(dz) if const_expr(self.dz) else None,
+            self.warp_store.prepare(scaled_a) if const_expr(self.scaled_a) else None,
             partial,
         )
 
-    def store(self, accumulators, block: int, args: tuple, expert, row, row_end, column_tile, staging, consumer):
-        """One block of 64 rows, as many of them as lie before ``row_end``."""
-        z, score, row_slot, columns, dz_args, a_args, partial = args
-        lane = cute.arch.lane_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
-        own = [row + warp * 16 + half * 8 + lane // 4 for half in range(2)]
-        clamped = [cutlass.min(mine, row_end - 1) for mine in own]
-        sources = [z.iterator.toint() + Int64(mine) * (z.stride[0] * 2) for mine in clamped]
-        scores = [score[row_slot[mine]] for mine in clamped]
-        sums = [Float32(0.0), Float32(0.0)]
-        base = block * self.tile_n // 2
-        first = column_tile * self.tile_n
-        groups = self.width // 8
-        starts = range(0, self.tile_n // 8, groups)
-        ahead = self._load(sources, first, columns, starts[0])
-        chunk = 0
-        for start in starts:
-            loaded = ahead
-            if start + groups < self.tile_n // 8:
-                ahead = self._load(sources, first, columns, start + groups)
-            dz, scaled = {}, {}
-            for group in range(groups):
-                for half in range(2):
-                    da = [accumulators[base + (start + group) * 4 + half * 2 + i] for i in range(2)]
-                    values, *slopes = zip(*self._derived(loaded[group, half]), strict=True)
-                    for i in range(2):
-                        sums[half] = sums[half] + da[i] * values[i]
-                    weighted = [scores[half] * da[i] for i in range(2)]
-                    dz[group, half] = [[weighted[i] * slope[i] for i in range(2)] for slope in slopes]
-                    scaled[group, half] = ptx.pack(self.dtype, *(scores[half] * value for value in values))
-            column = first + start * 8
-            if self.dz:
-                chunk = self._store_dz(dz, dz_args, staging, chunk, row, row_end, column, consumer)
-            if self.scaled_a:
-                acquire_buffer(chunk, consumer)
-                self.a_store.put(lambda group, half, scaled=scaled: scaled[group, half], staging, chunk)
-                self.a_store.send(a_args, staging, chunk, row, row_end, column, 0, consumer)
-                chunk += 1
-        if self.dscore:
-            for half in range(2):
-                self._store_sum(partial, column_tile, own[half], row_end, sums[half])
+    def begin(self, args: tuple, row, row_end) -> tuple:
+        """The scores of a thread's two rows, and their sums, zero."""
+        _, score, row_slot, *_ = args
+        scores = [score[row_slot[cutlass.min(mine, row_end - 1)]] for mine in self._own(row)]
+        sums = cute.make_rmem_tensor((2,), Float32)
+        for half in range(2):
+            sums[half] = Float32(0.0)
+        return scores[0], scores[1], sums
 
-    def _load(self, sources, first, columns, start: int) -> dict:
-        """This thread's z of one unit of columns: for each (group, half) its registers, gate and up alternating or one after the other."""
-        quarter = cute.arch.lane_idx() % 4
-        loaded = {}
-        for group in range(self.width // 8):
-            column = cutlass.min(first + (start + group) * 8 + 2 * quarter, columns - 2)
+    def _own(self, row) -> list:
+        """A thread's two rows."""
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4, self._lane()
+        return [row + warp * ROWS + half * 8 + lane // 4 for half in range(2)]
+
+    def _lane(self):
+        """For three consumers by a shuffle, of which the compiler does not know that it gives the same lane each time: else it keeps
+        what follows from it, addresses above all, in more registers than there are."""
+        lane = cute.arch.lane_idx()
+        return cute.arch.shuffle_sync_bfly(lane, 0) if self.tile.consumers == 3 else lane
+
+    def _staging(self, staging: cute.Pointer, chunk: int):
+        """The warp's buffer of a chunk of scaled_a."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        return staging + warp * (2 * ROWS * TILE_K) + chunk % 2 * ROWS * TILE_K
+
+    def _own_bytes(self, lane):
+        """Where a thread's elements of group 0, first half, lie in a box of its consumer's 64 rows. A group lies ``^ group * 32`` bytes
+        from there (16 for a part of its own), for the swizzle is an exclusive or too; the second half 8 rows below."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        line, quarter = lane // 4, lane % 4
+        begin = warp * (ROWS * 128) + line * 128
+        if self.interleaved:
+            return begin + ((quarter // 2 ^ line) * 16 + quarter % 2 * 8)
+        return begin + (line * 16 + quarter * 4)
+
+    def _load_group(self, boxes: list, own, group: int) -> dict:
+        """z of a group of 8 columns of da: for each half the addresses and the registers."""
+        within = ptx.exclusive_or(own, group * (32 if self.interleaved else 16))
+        at = [box.toint() + within for box in boxes]
+        found = {}
+        for half in range(2):
+            places = [begin + half * 8 * 128 for begin in at]
+            registers = ptx.load_shared_8_bytes(places[0]) if self.interleaved else [ptx.load_shared_4_bytes(place) for place in places]
+            found[half] = places, registers
+        return found
+
+    def compute(self, accumulators, unit: int, args: tuple, held: tuple, boxes: list, staging) -> None:
+        """A unit: dz over z, scaled_a to the staging, the rows' sums."""
+        groups = self.unit_columns // 8
+        if self.scaled_a and unit % self.chunk_units == 0 and unit >= 2 * self.chunk_units:
+            self.wait_until_read(self.chunk_units)  # the chunk before last, whose buffer this is
+        lane = self._lane()
+        own = self._own_bytes(lane)
+        loaded, scaled = {}, {}
+        for group in range(groups):
+            if group % self.loaded_groups == 0:
+                loaded = {ahead: self._load_group(boxes, own, ahead) for ahead in range(group, group + self.loaded_groups)}
             for half in range(2):
-                if self.interleaved:
-                    loaded[group, half] = ptx.load_8_bytes(sources[half] + Int64(column) * 4)
-                else:
-                    parts = [column, columns + column] if self.gated else [column]
-                    loaded[group, half] = [ptx.load_4_bytes(sources[half] + Int64(part) * 2) for part in parts]
-        return loaded
+                places, registers = loaded[group][half]
+                da = [accumulators[(unit * groups + group) * 4 + half * 2 + i] for i in range(2)]
+                scaled[group % 2, half] = self._compute_pair(da, places, registers, held, half)
+            if self.scaled_a and group % 2 == 1:
+                line, chunk = lane % 16, unit // self.chunk_units
+                begin = self._staging(staging, chunk).toint() + line * 128 + (lane // 16 ^ line % 8) * 16
+                at = ptx.exclusive_or(begin, (unit % self.chunk_units * groups + group - 1) * 16)
+                ptx.store_four_matrices(at, scaled[0, 0], scaled[0, 1], scaled[1, 0], scaled[1, 1])
+
+    def _compute_pair(self, da: list, places: list, registers, held: tuple, half: int):
+        """A thread's two neighbouring columns of a row: stores dz, adds to the row's sum, returns scaled_a in one register."""
+        score, sums = held[half], held[2]
+        values, *slopes = zip(*self._derived(registers), strict=True)
+        for i in range(2):
+            sums[half] = sums[half] + da[i] * values[i]
+        weighted = [score * da[i] for i in range(2)]
+        gradient = [[weighted[i] * slope[i] for i in range(2)] for slope in slopes]
+        if self.dz and self.interleaved:
+            ptx.store_8_bytes(places[0], *(ptx.pack(self.dtype, *both) for both in zip(*gradient, strict=True)))
+        elif self.dz:
+            for place, both in zip(places, gradient, strict=True):
+                ptx.store_4_bytes(place, ptx.pack(self.dtype, *both))
+        return ptx.pack(self.dtype, *(score * value for value in values))
 
     def _derived(self, registers) -> list[tuple]:
         """(value, slopes...) for both of a thread's neighbouring columns."""
@@ -171,22 +258,32 @@ class ActivationBackwardEpilogue:
             pairs = list(zip(*pairs, strict=True))  # from (gate, gate), (up, up) to (gate, up), (gate, up)
         return [self.derive(*pair) for pair in pairs]
 
-    def _store_dz(self, dz: dict, args, staging, chunk: int, row, row_end, column, consumer) -> int:
-        """One unit of dz: a chunk, or one for each of gate and up; returns the number of the next chunk."""
-        store = self.dz_store
-        if self.interleaved:
-            acquire_buffer(chunk, consumer)
-            put_interleaved(
-                store, lambda group, half: [ptx.pack(self.dtype, *pair) for pair in zip(*dz[group, half], strict=True)], staging, chunk
-            )
-            store.send(args, staging, chunk, row, row_end, 2 * column, 0, consumer)
-            return chunk + 1
-        for part in range(2 if self.gated else 1):
-            acquire_buffer(chunk, consumer)
-            store.put(lambda group, half, part=part: ptx.pack(self.dtype, *dz[group, half][part]), staging, chunk)
-            store.send(args, staging, chunk, row, row_end, column, part, consumer)
-            chunk += 1
-        return chunk
+    @cute.jit
+    def send(self, unit: cutlass.Constexpr[int], args: tuple, boxes: list, staging, row, row_end, column_tile):
+        """The unit's dz, and a chunk of scaled_a that it completes, in one bulk group."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        mine = row + warp * ROWS
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        if const_expr(self.dz):
+            for i in cutlass.range_constexpr(self.boxes_per_unit):
+                column = self.column_of_box(unit * self.boxes_per_unit + i, column_tile)
+                self.warp_store.send(args[3], boxes[i] + warp * const_expr(ROWS * TILE_K), mine, row_end, column, i)
+        if const_expr(self.scaled_a and (unit + 1) % self.chunk_units == 0):
+            chunk = const_expr(unit // self.chunk_units)
+            column = column_tile * self.tile.n + const_expr(chunk * TILE_K)
+            self.warp_store.send(args[4], self._staging(staging, chunk), mine, row_end, column, 0)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def wait_until_read(self, groups: int) -> None:
+        """Until the TMA unit has read what this warp sent, but for its last ``groups`` bulk groups."""
+        cute.arch.cp_async_bulk_wait_group(groups, read=True)
+        cute.arch.sync_warp()
+
+    def store_sums(self, args: tuple, held: tuple, row, row_end, column_tile) -> None:
+        if self.dscore:
+            for half, mine in enumerate(self._own(row)):
+                self._store_sum(args[5], column_tile, mine, row_end, held[2][half])
 
     @cute.jit
     def _store_sum(self, partial: cute.Tensor, column_tile: Int32, row: Int32, row_end: Int32, total: Float32):
@@ -197,4 +294,4 @@ class ActivationBackwardEpilogue:
             partial[column_tile, row] = total
 
     def finish(self, consumer) -> None:
-        finish_stores()
+        """A tile's stores have left shared memory before its last stage is given back."""

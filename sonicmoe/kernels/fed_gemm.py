@@ -20,17 +20,19 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from sonicmoe.kernels import ptx
-from sonicmoe.kernels.epilogue_fed import FedActivationBackwardEpilogue, box_layout
+from sonicmoe.kernels.epilogue_backward import ActivationBackwardEpilogue, box_layout
 from sonicmoe.kernels.grouped_gemm import GATHER_WARPS, GroupedGemm
 from sonicmoe.kernels.tiles import TILE_K, Tile
 
 
 class FedGemm(GroupedGemm):
-    """Gathered A, consumers of 64 rows each, and an epilogue whose input is boxes (epilogue_fed.py)."""
+    """Gathered A, consumers of 64 rows each, and an epilogue whose input is boxes (epilogue_backward.py)."""
 
     def __init__(
-        self, *, tile: Tile, dtype: type[cutlass.Numeric], epilogue: FedActivationBackwardEpilogue, ticket: int, transposed_b: bool
+        self, *, tile: Tile, dtype: type[cutlass.Numeric], epilogue: ActivationBackwardEpilogue, ticket: int, transposed_b: bool
     ) -> None:
+        if tile.pingpong or tile.m != 64 * tile.consumers:
+            raise ValueError(f"{tile.name}: an input through the stages needs consumers that share the tile, 64 rows each")
         super().__init__(tile=tile, dtype=dtype, gather=True, gated=False, epilogue=epilogue, ticket=ticket, transposed_b=transposed_b)
         self.input_stages = epilogue.input_stages
 

@@ -76,14 +76,6 @@ def pack(dtype: type[cutlass.Numeric], low: Float32, high: Float32) -> Uint32:
     return cute.arch.inline_ptx(f"cvt.rn.{suffix}.f32 {{$w0}}, {{$r0}}, {{$r1}};", write_only_types=[Uint32], read_only_args=[high, low])
 
 
-def load_4_bytes(address: Int64) -> Uint32:
-    return cute.arch.inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
-
-
-def load_8_bytes(address: Int64) -> tuple[Uint32, Uint32]:
-    return cute.arch.inline_ptx("ld.global.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32, Uint32], read_only_args=[address])
-
-
 def load_shared_4_bytes(address: Int32) -> Uint32:
     return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
 

@@ -1,6 +1,5 @@
 """Which tile a grouped GEMM uses, in one place. No compiler is imported here: the launch path asks this module too."""
 
-import dataclasses
 from dataclasses import dataclass
 
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -35,8 +34,6 @@ class Tile:
     """Blocks along the rows that share each tile of weights by multicast."""
     stages: int = 4
     """Depth of the operand pipeline."""
-    fed: bool = False
-    """What the epilogue reads comes through the stages, behind the operands (fed_gemm.py): of the activation's backward only."""
 
     @property
     def rows_per_consumer(self) -> int:
@@ -72,9 +69,7 @@ class Tile:
     @property
     def name(self) -> str:
         """Also the name of the tile in a variant: an identifier."""
-        return (
-            f"m{self.m}n{self.n}{'pp' if self.pingpong else 'co'}{self.consumers}c{self.cluster}s{self.stages}{'fed' if self.fed else ''}"
-        )
+        return f"m{self.m}n{self.n}{'pp' if self.pingpong else 'co'}{self.consumers}c{self.cluster}s{self.stages}"
 
     def check(self) -> None:
         """Raises ValueError naming the rule that this tile breaks."""
@@ -85,7 +80,6 @@ class Tile:
             f"m={self.m}: each consumer needs whole blocks of 64 rows": self.m % (64 if self.pingpong else 64 * self.consumers) == 0,
             f"n={self.n}: must be 128, 192 or 256": self.n in (128, 192, 256),
             f"cluster={self.cluster}: must be 1 or 2": self.cluster in (1, 2),
-            "fed needs consumers that share the tile, 64 rows each": not self.fed or (not self.pingpong and self.m == 64 * self.consumers),
             f"{self.accumulators} accumulators leave too few registers": self.accumulators + 32 <= self.registers(gather=True)[1],
             f"{self.shared_bytes} bytes of shared memory: at most {SHARED_MEMORY_BYTES}": self.shared_bytes <= SHARED_MEMORY_BYTES,
         }
@@ -102,7 +96,7 @@ PAIR = Tile(m=192, n=256, consumers=3, stages=3, cluster=2)
 """Two blocks share an expert of up to 384 rows evenly, 64 rows apart at most, and each weight is read once for both."""
 
 SQUARE = Tile(m=128, n=128, pingpong=True, cluster=2, stages=5)
-"""Stores hidden behind the other consumer's products; 16 + 8 KiB a stage of 512 cycles."""
+"""Stores hidden behind the other consumer's products; 16 + 8 KiB a stage of 512 cycles. A candidate, in no rule."""
 
 BROAD = Tile(m=128, n=192, pingpong=True)
 """The same with fewer bytes a product and no cluster, so that an odd number of row tiles leaves no block idle."""
@@ -111,7 +105,7 @@ WIDE = Tile(m=128, n=256, cluster=2)
 """31 bytes from L2 a multiplying cycle with half of them multicast, and 100 registers beside the accumulators for the epilogue."""
 
 LONE = Tile(m=128, n=256)
-"""WIDE without the cluster, so that an odd number of row tiles leaves no block idle. A candidate, in no rule yet."""
+"""WIDE without the cluster, so that an odd number of row tiles leaves no block idle."""
 
 SLIM = Tile(m=192, n=128, consumers=3)
 """Three consumers with 64 accumulators each: an expert of up to 192 rows at one reading of its weights, and registers left for a
@@ -121,11 +115,7 @@ SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 """For experts of a few rows each, whose weights are all that takes time: twice TALL's tiles of columns, so that more multiprocessors read
 them, 128 KiB of weights in flight, and no consumer without rows."""
 
-WIDE_FED, LONE_FED, TALL_FED, PAIR_FED = (dataclasses.replace(tile, fed=True) for tile in (WIDE, LONE, TALL, PAIR))
-"""Of the activation's backward: z through the stages, dz back over it in shared memory. Their epilogue needs so few registers that three
-consumers have them too. TALL_FED is a candidate, in no rule yet."""
-
-TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL, WIDE_FED, LONE_FED, TALL_FED, PAIR_FED)}
+TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL)}
 
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes
@@ -170,14 +160,15 @@ def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
 
 
 def activation_backward_tile(*, rows: int, experts: int) -> Tile:
-    """The tile of the activation's backward, whose z comes through the stages.
+    """The tile of the activation's backward, whose consumers share the tile, 64 rows each (fed_gemm.py).
 
-    ms, LONE_FED / WIDE_FED / PAIR_FED, same shapes, another run: 3.96 / 4.06 / 4.29; 1.00 / 0.79 / 0.72; 1.36 / 0.97 / 1.15;
-    0.43 / 0.43 / 0.45; 2.27 / 2.29 / 2.46; the best tile without it, SQUARE but for the last, LONE: 4.32; 0.75; 1.02; 0.46; 2.39.
+    ms, LONE / WIDE / PAIR / TALL, same shapes, another run: 3.96 / 4.06 / 4.29 / 4.07; 1.00 / 0.79 / 0.72 / 1.00;
+    1.36 / 0.97 / 1.15 / 1.00; 0.43 / 0.43 / 0.45 / 0.45; 2.27 / 2.29 / 2.46 / 2.33. The best of all tiles while the epilogue loaded z
+    itself, SQUARE but for the last, LONE: 4.32; 0.75; 1.02; 0.46; 2.39.
     """
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
-        return PAIR_FED
-    return WIDE_FED if rows < MANY_ROWS * experts else LONE_FED
+        return PAIR
+    return WIDE if rows < MANY_ROWS * experts else LONE
 
 
 def dx_tile(*, rows: int, experts: int) -> Tile:

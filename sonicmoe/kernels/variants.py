@@ -4,7 +4,7 @@ import functools
 from itertools import product
 
 from cute_runtime import Variant
-from sonicmoe.kernels.tiles import BROAD, LONE_FED, PAIR, PAIR_FED, SMALL, TALL, WIDE, WIDE_FED, Tile
+from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SMALL, TALL, WIDE, Tile
 
 
 def _stored(transposed: bool) -> dict[str, bool]:
@@ -106,9 +106,7 @@ def backward_variants(
     """The same of the backward. ``results``: of activation_backward.py; all of them where all of the layer's parameters train."""
     wanted = {name: name in results for name in ("dz", "dscore", "scaled_a")}
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "transposed": transposed}
-    first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE_FED, PAIR_FED, LONE_FED)] + [
-        score_grad(dtype=dtype, bias=bias)
-    ]
+    first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, PAIR, LONE)] + [score_grad(dtype=dtype, bias=bias)]
     weights = weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
     return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE)]

@@ -7,7 +7,7 @@ import torch
 
 from sonicmoe.backends import hopper_backward
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import LONE_FED, PAIR_FED, TALL_FED, WIDE_FED
+from sonicmoe.kernels.tiles import LONE, PAIR, WIDE
 from sonicmoe.tests.backward_cases import (
     Case,
     check_activation_backward,
@@ -42,9 +42,9 @@ VARIANTS = [
 ]
 """activation, layout, bias and dtype of activation_backward."""
 
-FED = {tile.name: tile for tile in (WIDE_FED, LONE_FED, TALL_FED, PAIR_FED)}
-"""Tiles of activation_backward that no rule takes yet."""
-FED_VARIANTS = [
+TILES = {tile.name: tile for tile in (WIDE, LONE, PAIR)}
+"""Of activation_backward."""
+TILE_VARIANTS = [
     ("swiglu", "interleaved", torch.bfloat16),
     ("geglu", "concatenated", torch.float16),
     ("gelu", "interleaved", torch.bfloat16),
@@ -67,11 +67,11 @@ def gpu_kernels():
     layers += [kernel_options() | {"results": (need.removeprefix("need_"),)} for need in NEEDS if need != "need_scaled_a"]
     found = [variants.backward_variants(**layer) for layer in layers]
     found += [variants.weight_grads(dtype=kernel_options(dtype=dtype)["dtype"], add=True) for _, dtype in ADDED]
-    found += [_fed_variants(tile, *variant) for tile in FED.values() for variant in FED_VARIANTS]
+    found += [_tile_variants(tile, *variant) for tile in TILES.values() for variant in TILE_VARIANTS]
     return list(itertools.chain.from_iterable(found))
 
 
-def _fed_variants(tile, activation, layout, dtype):
+def _tile_variants(tile, activation, layout, dtype):
     options = {name: value for name, value in kernel_options(activation, layout, False, dtype).items() if name != "bias"}
     return [variants.activation_backward(tile=tile, **options, dz=True, dscore=True, scaled_a=True)]
 
@@ -98,11 +98,11 @@ def test_activation_backward_matches_float64(counts, activation, layout, bias, d
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(("activation", "layout", "dtype"), FED_VARIANTS)
-@pytest.mark.parametrize("tile", FED)
-def test_activation_backward_with_z_through_the_stages_matches_float64(monkeypatch, counts, activation, layout, dtype, tile):
+@pytest.mark.parametrize(("activation", "layout", "dtype"), TILE_VARIANTS)
+@pytest.mark.parametrize("tile", TILES)
+def test_activation_backward_matches_float64_in_each_tile(monkeypatch, counts, activation, layout, dtype, tile):
     """In the memory of z too: no row of a neighbour's z is read, which may be dz already."""
-    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda **_: FED[tile])
+    monkeypatch.setattr(hopper_backward, "activation_backward_tile", lambda **_: TILES[tile])
     case = Case(*COUNTS[counts], dtype=dtype, activation=activation, layout=layout)
     apart, over = (check_activation_backward(case, hopper_backward.activation_backward, overwrite_z=over) for over in (False, True))
     assert_same_bits(apart[::2], over[::2], case.rows)

@@ -14,7 +14,7 @@ from dispatch import DispatchPlan, plan
 from dispatch.kernels.sizes import TICKETS
 from sonicmoe.backends import reference
 from sonicmoe.kernels import tiles, variants
-from sonicmoe.kernels.tiles import BROAD, LONE_FED, PAIR, PAIR_FED, SMALL, SQUARE, TALL, TILES, WIDE, WIDE_FED, Tile
+from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SMALL, SQUARE, TALL, TILES, WIDE, Tile
 
 BUILT = {
     "gathered, interleaved, z and bias": variants.up_projection(
@@ -112,9 +112,9 @@ def test_few_rows_take_the_small_tile_in_inference(rows, decoded):
 
 
 def test_tiles_of_the_backward_follow_the_sizes():
-    assert tiles.activation_backward_tile(rows=32768, experts=256) is WIDE_FED
-    assert tiles.activation_backward_tile(rows=32768, experts=128) is PAIR_FED
-    assert tiles.activation_backward_tile(rows=262144, experts=128) is LONE_FED
+    assert tiles.activation_backward_tile(rows=32768, experts=256) is WIDE
+    assert tiles.activation_backward_tile(rows=32768, experts=128) is PAIR
+    assert tiles.activation_backward_tile(rows=262144, experts=128) is LONE
     assert tiles.dx_tile(rows=32768, experts=256) is WIDE
     assert tiles.dx_tile(rows=262144, experts=128) is TALL
     assert tiles.weight_grad_tile() is TALL
@@ -124,7 +124,7 @@ def test_prebuilt_variants_cover_the_tiles_of_the_rules():
     built = variants.prebuilt_variants()
     assert len(set(built)) == len(built)
     used = {variant.params["tile"] for variant in built if "tile" in variant.params}
-    assert used == {tile.name for tile in (TALL, PAIR, BROAD, WIDE, SMALL, WIDE_FED, PAIR_FED, LONE_FED)}
+    assert used == {tile.name for tile in (TALL, PAIR, BROAD, WIDE, LONE, SMALL)}
 
 
 def routed(seed: int) -> DispatchPlan:

@@ -8,7 +8,6 @@ from testing.matrix.planting_source import SourceDefect
 _EPILOGUE = "sonicmoe/kernels/epilogue.py"
 _GEMM = "sonicmoe/kernels/grouped_gemm.py"
 _BACKWARD = "sonicmoe/kernels/epilogue_backward.py"
-_FED = "sonicmoe/kernels/epilogue_fed.py"
 _OVER_ROWS = "sonicmoe/kernels/row_reduction.py"
 _GATHER_SUM = "dispatch/kernels/gather_sum.py"
 _COUNT = "dispatch/kernels/count.py"
@@ -87,10 +86,10 @@ KERNEL_DEFECTS = {
         "activations/relu-squared",
     ),
     "kernel: gradient of the pre-activation without the score": SourceDefect(
-        _FED, "weighted = [score * da[i] for i in range(2)]", "weighted = [da[i] for i in range(2)]", "activations/reglu"
+        _BACKWARD, "weighted = [score * da[i] for i in range(2)]", "weighted = [da[i] for i in range(2)]", "activations/reglu"
     ),
     "kernel: activation for the weight's gradient without the score": SourceDefect(
-        _FED, "*(score * value for value in values)", "*values", "activations/reglu"
+        _BACKWARD, "*(score * value for value in values)", "*values", "activations/reglu"
     ),
     "kernel: row sum of a tile's last row not stored": SourceDefect(
         _BACKWARD,

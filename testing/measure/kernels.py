@@ -32,16 +32,12 @@ from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import (
     BROAD,
     LONE,
-    LONE_FED,
     PAIR,
-    PAIR_FED,
     SLIM,
     SMALL,
     SQUARE,
     TALL,
-    TALL_FED,
     WIDE,
-    WIDE_FED,
     Tile,
 )
 from sonicmoe.thiek import Thiek
@@ -203,7 +199,7 @@ KERNELS = (
         lambda t: _weights(t, t.I, t.T * t.H + 5 * t.rows * t.I),
         hopper_backward,
         "activation_backward_tile",
-        (WIDE, LONE, SLIM, SQUARE, WIDE_FED, LONE_FED, TALL_FED, PAIR_FED),
+        (WIDE, LONE, PAIR),
         lambda tile: [
             variants.activation_backward(tile=tile, **BUILD, dz=True, dscore=True, scaled_a=True),
             variants.score_grad(dtype="bfloat16", bias=False),
