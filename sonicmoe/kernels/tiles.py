@@ -107,15 +107,11 @@ WIDE = Tile(m=128, n=256, cluster=2)
 LONE = Tile(m=128, n=256)
 """WIDE without the cluster, so that an odd number of row tiles leaves no block idle."""
 
-SLIM = Tile(m=192, n=128, consumers=3)
-"""Three consumers with 64 accumulators each: an expert of up to 192 rows at one reading of its weights, and registers left for a
-large epilogue. A candidate, in no rule yet."""
-
 SMALL = Tile(m=64, n=128, pingpong=True, stages=8)
 """For experts of a few rows each, whose weights are all that takes time: twice TALL's tiles of columns, so that more multiprocessors read
 them, 128 KiB of weights in flight, and no consumer without rows."""
 
-TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SLIM, SMALL)}
+TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SMALL)}
 
 FITS_SMALL = 8
 """Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes

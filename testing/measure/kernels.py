@@ -29,17 +29,7 @@ from sonicmoe import timing
 from sonicmoe.activations import activate, activation_gradient
 from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import (
-    BROAD,
-    LONE,
-    PAIR,
-    SLIM,
-    SMALL,
-    SQUARE,
-    TALL,
-    WIDE,
-    Tile,
-)
+from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SMALL, SQUARE, TALL, WIDE, Tile
 from sonicmoe.thiek import Thiek
 from testing.measure.clock import effort
 from testing.measure.items import Bound, Item, Options, broken, cell, size_text
@@ -214,7 +204,7 @@ KERNELS = (
         lambda t: _weights(t, t.I, t.T * t.H + t.rows * t.I),
         hopper_backward,
         "weight_grad_tile",
-        (WIDE, LONE, TALL, PAIR, SLIM),
+        (WIDE, LONE, TALL, PAIR),
         lambda tile: [variants.weight_grad(tile=tile, dtype="bfloat16", transposed=False)],
     ),
     Kernel(
@@ -238,7 +228,7 @@ KERNELS = (
         lambda t: _weights(t, 2 * t.I, t.T * t.H + 2 * t.rows * t.I),
         hopper_backward,
         "weight_grad_tile",
-        (WIDE, LONE, TALL, PAIR, SLIM),
+        (WIDE, LONE, TALL, PAIR),
         lambda tile: [variants.weight_grad(tile=tile, dtype="bfloat16", transposed=True)],
     ),
     Kernel(
