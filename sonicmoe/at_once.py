@@ -9,7 +9,6 @@ Notation: T tokens, H hidden size, E experts, K experts per token, R rows, Z = 2
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
 
 import cute_runtime
 from dispatch import debug
@@ -32,7 +31,9 @@ def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
     config, parameters, router = layer.router_config, layer._parameters, layer._modules.get("router")
     if layer.parallelism is not None or layer.main_grads or type(config) is not RouterConfig or config.method != "top_k":
         return None
-    if type(router) is not Router or _is_watched(router):
+    if not isinstance(router, Router) or router.is_watched():
+        return None
+    if router._backward_pre_hooks or router._backward_hooks or router._compiled_call_impl:
         return None
     try:
         weight, selection_bias = router._parameters["weight"], router._buffers["selection_bias"]
@@ -60,19 +61,6 @@ def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
         return None
     options = (layer.activation, layer.gate_up_layout, "hopper")
     return _Layer.apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, config.choice, options)
-
-
-def _is_watched(router: Router) -> bool:
-    """Whether someone's hook, or another forward, may have its say when the router is called."""
-    return bool(
-        router._forward_pre_hooks
-        or router._forward_hooks
-        or router._backward_pre_hooks
-        or router._backward_hooks
-        or router._compiled_call_impl
-        or "forward" in router.__dict__
-        or _has_any_global_hook()
-    )
 
 
 def _run(

@@ -45,10 +45,13 @@ class Router(nn.Module):
         return router_logits(x, self.weight)
 
     def origin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(x, weight) where calling this module with x gives `routing.linalg.linear` of just these; None where someone's hook,
-        parametrization or subclass may have its say. See `routing.top_k`."""
+        """(x, weight) where calling this module with x gives `routing.linalg.linear` of just these, else None. See `routing.top_k`."""
+        return None if self.is_watched() else (x, self.weight)
+
+    def is_watched(self) -> bool:
+        """Whether someone's hook, another forward, a parametrization or a subclass may have its say when this module is called."""
         hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__ or _has_any_global_hook()
-        return None if hooked or type(self) is not Router else (x, self.weight)
+        return bool(hooked) or type(self) is not Router
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
