@@ -48,11 +48,6 @@ class Sends(NamedTuple):
         return travel.labels(self.spread, score.detach(), self.slots, self.copies)
 
 
-def chunk_bounds(num_tokens: int, chunks: int) -> list[int]:
-    """Where each chunk of tokens begins, and T: chunk sizes differ by at most one."""
-    return [num_tokens * chunk // chunks for chunk in range(chunks + 1)]
-
-
 @torch.no_grad()
 def plan_sends(routing: Routing, *, processes: int, chunks: int) -> Sends:
     """The order in which a routing's slots and their tokens travel.

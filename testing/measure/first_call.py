@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN_KERNEL = "sonicmoe.kernels.up_projection"
+PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe")
+"""The library."""
 PARTS = {
     "product_ms": "the router's product, with it PyTorch's start of cuBLAS",
     "libraries_ms": "tvm_ffi and the CUDA runtime, until kernels can use them",
@@ -136,7 +138,7 @@ def _ms_since(begin: float) -> float:
 
 def _lacks_bytecode(module: Any) -> bool:
     """Whether a module of this library was compiled anew."""
-    own = (module.__name__ or "").partition(".")[0] in ("cute_runtime", "dispatch", "routing", "sonicmoe")
+    own = (module.__name__ or "").partition(".")[0] in PACKAGES
     cached = getattr(module, "__cached__", None)
     return own and cached is not None and not os.path.exists(cached)
 

@@ -26,11 +26,10 @@ from cute_runtime.cache import CACHE_VARIABLE
 from cute_runtime.sources import COMPILER, compiler_version
 from sonicmoe.thiek import Thiek
 from testing.measure import host_time
-from testing.measure.first_call import HIDDEN_KERNEL
+from testing.measure.first_call import HIDDEN_KERNEL, PACKAGES
 from testing.measure.items import NEEDS_GPU, Bound, Item, NotRunError, Options, cell
 
 ROOT = Path(__file__).absolute().parents[2]
-PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe")
 MODES = {"inference": True, "forward": True, "training step": False}
 """Mode of the first call -> whether the bound is stated for it."""
 PROCESSES = 3
