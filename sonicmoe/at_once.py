@@ -12,7 +12,7 @@ import torch
 
 import cute_runtime
 from dispatch import debug
-from dispatch.operators import is_direct, needs_gradient
+from dispatch.operators import apply_of, is_direct, needs_gradient
 from routing import RouterConfig, linalg
 from routing.scores_hopper import slot_scores_grad_again
 from sonicmoe import backends, experts
@@ -60,7 +60,7 @@ def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
     if b_up is not None and not (b_up.requires_grad and b_down.requires_grad):
         return None
     options = (layer.activation, layer.gate_up_layout, "hopper")
-    return _Layer.apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, config.choice, options)
+    return _apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, config.choice, options)
 
 
 def _run(
@@ -116,6 +116,8 @@ class _Layer(torch.autograd.Function):
             dx = dx.view(x.shape)
         return dx, dweight, dw_up, dw_down, db_up, db_down, *(None,) * 4
 
+
+_apply = apply_of(_Layer)
 
 _Gradients = tuple[tuple[torch.Tensor | None, ...], torch.Tensor]
 """dx (T, H) of the experts, dw_up, dw_down, db_up, db_down, and the logits' gradient (T, E)."""
