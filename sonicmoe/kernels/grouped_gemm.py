@@ -11,7 +11,7 @@ Barriers, all in shared memory, with the arrivals that complete a phase::
 
     full[s]     1 (warp 0, with the bytes it expects) + 96 (gathering lanes, when their copies have landed)
     empty[s]    4 warps of each consumer that reads the stage, x cluster: a stage is refilled by both blocks' multicast,
-                so both blocks' consumers must have left it
+                so both blocks' consumers must have left it (x 32 lanes in fed_gemm.py)
     record full 1 (warp 0), record empty: 3 gathering warps + 4 warps of each consumer of the tile
 
 Shared tiles by row (co): consumer w multiplies rows [64 w, 64 w + 64) of each block of 64 x consumers rows; a consumer whose
@@ -85,6 +85,9 @@ class GroupedGemm:
 
     input_stages = 0
     """Stages of a tile, behind those of its products, that bring what its epilogue reads (fed_gemm.py)."""
+
+    arrivals = 1
+    """On ``empty``, of each warp that has read a stage: all lanes' where lanes read one themselves (fed_gemm.py)."""
 
     def __init__(
         self,
@@ -235,7 +238,7 @@ class GroupedGemm:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(tile.stages):
                     cute.arch.mbarrier_init(full + s, const_expr(1 + (GATHER_WARPS * 32 if self.gather else 0)))
-                    cute.arch.mbarrier_init(empty + s, const_expr(4 * self.group_size * tile.cluster))
+                    cute.arch.mbarrier_init(empty + s, const_expr(4 * self.group_size * tile.cluster * self.arrivals))
                 for s in cutlass.range_constexpr(SCHEDULE_SLOTS):
                     cute.arch.mbarrier_init(record_full + s, 1)
                     cute.arch.mbarrier_init(record_empty + s, readers)
@@ -599,9 +602,9 @@ class GroupedGemm:
         """Each warp tells its own block, and the one that multicasts to it, that it has read the stage."""
         if cute.arch.lane_idx() < self.tile.cluster:
             if const_expr(self.tile.cluster > 1):
-                cute.arch.mbarrier_arrive(empty + stage, cute.arch.lane_idx())
+                cute.arch.mbarrier_arrive(empty + stage, cute.arch.lane_idx(), self.arrivals)
             else:
-                cute.arch.mbarrier_arrive(empty + stage)
+                cute.arch.mbarrier_arrive(empty + stage, arrive_count=self.arrivals)
 
     @cute.jit
     def _multiply(
