@@ -3,6 +3,7 @@
 import torch
 
 from dispatch.operators import without_autocast
+from routing import router_logits_hopper
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,7 +22,12 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` by `matmul`: x (T, H), weight (E, H) -> (T, E). Autocast does not reach inside."""
+    """``x @ weight.T``: x (T, H), weight (E, H) -> (T, E) in `accumulation_dtype` of the wider operand. Autocast does not reach inside.
+
+    On an sm_90 GPU by a kernel of ours where `router_logits_hopper.supports` the operands, else by `matmul`.
+    """
+    if router_logits_hopper.supports(x, weight):
+        return router_logits_hopper.router_logits(x, weight)
     with without_autocast(x.device):
         return matmul(x, weight.mT)
 

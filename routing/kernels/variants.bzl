@@ -16,6 +16,18 @@ VARIANTS = {
         "routing.rounding_slots-step.count",
         "routing.rounding_slots-step.write",
     ],
+    "router_logits": [
+        "routing.router_logits-columns.1-dtype.bfloat16-experts.128-tokens.192",
+        "routing.router_logits-columns.1-dtype.bfloat16-experts.128-tokens.256",
+        "routing.router_logits-columns.1-dtype.bfloat16-experts.64-tokens.128",
+        "routing.router_logits-columns.1-dtype.bfloat16-experts.64-tokens.64",
+        "routing.router_logits-columns.1-dtype.float16-experts.128-tokens.192",
+        "routing.router_logits-columns.1-dtype.float16-experts.128-tokens.256",
+        "routing.router_logits-columns.1-dtype.float16-experts.64-tokens.128",
+        "routing.router_logits-columns.1-dtype.float16-experts.64-tokens.64",
+        "routing.router_logits-columns.2-dtype.bfloat16-experts.128-tokens.256",
+        "routing.router_logits-columns.2-dtype.float16-experts.128-tokens.256",
+    ],
     "slot_scores": [
         "routing.slot_scores-scoring.sigmoid",
         "routing.slot_scores-scoring.softmax",

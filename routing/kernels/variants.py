@@ -3,6 +3,7 @@
 from itertools import product
 
 from cute_runtime import Variant
+from routing.kernels.logits_tiles import TILES, Tile
 
 HALF = ("bfloat16", "float16")
 SCORINGS = ("softmax", "softmax_topk", "sigmoid")
@@ -12,6 +13,11 @@ MODES = ("nearest", "up", "down", "stochastic", "balanced")
 def top_k(*, dtype: str, scoring: str, by: str) -> Variant:
     """The variant of kernels/top_k.py: the logits' dtype, the scoring, and what is compared: "logit", "score" or "bias"."""
     return Variant("routing.kernels.top_k", {"dtype": dtype, "scoring": scoring, "by": by})
+
+
+def router_logits(*, dtype: str, tile: Tile) -> Variant:
+    """The variant of kernels/router_logits.py: the operands' dtype and the tile."""
+    return Variant("routing.kernels.router_logits", {"dtype": dtype, **tile._asdict()})
 
 
 def slot_scores(*, scoring: str) -> Variant:
@@ -40,7 +46,8 @@ def rounding_slots(*, step: str) -> Variant:
 
 
 def prebuilt_variants() -> list[Variant]:
-    """All that float32 logits can reach, which are the layer's; for the others the plain forms of top_k. About 40 KB each.
+    """All that float32 logits can reach, which are the layer's; for the others the plain forms of top_k. About 40 KB each, the
+    router's product 90: it has a kernel for each number of parts.
 
     Token rounding knows no other logits than float32.
     """
@@ -51,6 +58,7 @@ def prebuilt_variants() -> list[Variant]:
         *(slot_scores_grad(dtype="float32", form=form, scoring=scoring) for form, scoring in product(("uniform", "csr"), SCORINGS)),
         *(top_k(dtype=dtype, scoring=scoring, by=by) for dtype, (scoring, by) in product(HALF, plain)),
         *(slot_scores_grad(dtype=dtype, form="uniform", scoring=scoring) for dtype, scoring in product(HALF, SCORINGS)),
+        *(router_logits(dtype=dtype, tile=tile) for dtype, tile in product(HALF, TILES)),
         *(slot_scores(scoring=scoring) for scoring in SCORINGS),
         *(rounding_keys(scoring=scoring) for scoring in ("softmax", "sigmoid")),
         *(rounding_select(mode=mode) for mode in MODES),
