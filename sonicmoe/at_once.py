@@ -1,4 +1,4 @@
-"""The usual case of `sonicmoe.MoE`: eager, on an sm_90 GPU, top-K routing, all experts here. The router's product, then one call.
+"""The usual case of `sonicmoe.MoE`: eager, on an sm_90 GPU, top-K routing, all experts here. All of its launches are one call.
 
 A layer takes this path where nothing but itself has a say in what happens between its input and its output; the conditions are those of
 `output`. It is a shorter way to the same kernels, not another backend: the values have the same bits, and what no kernel takes is left to
@@ -13,7 +13,7 @@ import torch
 import cute_runtime
 from dispatch import debug
 from dispatch.operators import apply_of, is_direct, needs_gradient
-from routing import RouterConfig, linalg
+from routing import RouterConfig
 from routing.scores_hopper import slot_scores_grad_again
 from sonicmoe import backends, experts
 from sonicmoe.router import Router, router_logits_grad
@@ -44,7 +44,7 @@ def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
         return None
     if torch._C._is_any_autocast_enabled() or backends.is_one_by_one() or debug.enabled():
         return None
-    if not x.is_contiguous():
+    if not x.is_contiguous() or weight.dtype != x.dtype:
         return None
     gradient = torch.is_grad_enabled() and needs_gradient((x, weight, w_up, w_down, b_up, b_down))
     forward = backends.load("hopper_layer").forward(
@@ -74,15 +74,13 @@ def _run(
     selection_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The output, None where a tensor is not as the kernels take it, and z and what else backward needs, None without one."""
-    tokens = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     z = kept = None
     with cute_runtime.on_device(x.device):
-        logits = linalg.matmul(tokens, weight.mT)
         scratch = x.new_empty(forward.scratch)
         out = torch.empty_like(x)
         if forward.kept:
             z, kept = x.new_empty(forward.z), x.new_empty(forward.kept)
-        refused = forward.launch(x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out)
+        refused = forward.launch(x, weight, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out)
     return (out, z, kept) if refused is None else (None, None, None)
 
 
@@ -141,9 +139,8 @@ def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) 
         if refused is not None:
             return None
         del scratch, row_to_token  # their memory is free for the logits
-        logits = linalg.matmul(tokens, weight.mT)
-        dlogits = torch.empty_like(logits)
-        if (refused := backward.scores(logits, kept, dlogits)) is not None:
+        dlogits = tokens.new_empty(tokens.shape[0], weight.shape[0], dtype=torch.float32)
+        if (refused := backward.scores(tokens, weight, torch.empty_like(dlogits), kept, dlogits)) is not None:
             raise RuntimeError(f"the layer's backward: tensor {refused} of the scores' gradient is not what its forward had")
     return results, dlogits
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from routing import RouterConfig, Routing
-from routing.linalg import matmul
+from routing.linalg import linear
 from sonicmoe import names, oracle
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.moe import MoE
@@ -115,7 +115,7 @@ def make_case(
     sample = torch.randn(4096, 2 if is_gated(activation) else 1, generator=torch.Generator().manual_seed(0))
     a_scale = activate(sample, activation, "interleaved").square().mean().sqrt().item()
     with torch.no_grad():
-        score = router.route(matmul(tokens["x"], tokens["router_weight"].mT)).score
+        score = router.route(linear(tokens["x"], tokens["router_weight"])).score
     score_scale = math.sqrt(score.square().sum().item() / max(T, 1)) or 1.0
     return Case(
         thiek,

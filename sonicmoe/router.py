@@ -62,7 +62,8 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x @ weight.T`` in float32 (float64 for float64): x (T, H), weight (E, H) -> (T, E). Differentiable once in both.
 
     Forward: 16-bit operands are multiplied as they are, summed in float32 and not rounded: on a GPU by the matrix units without a
-    float32 copy of x, elsewhere through one. Operands of different dtypes are widened to float32 first.
+    float32 copy of x (on an sm_90 GPU in a kernel of ours, see `routing.linalg.linear`), elsewhere through one. Operands of different
+    dtypes are widened to float32 first.
 
     Backward: dx is rounded once to x's dtype, dweight is summed in float32 and rounded once to weight's. Of the logits' float32
     gradient, bfloat16 operands on a GPU see the sum of two bfloat16 values, `routing.linalg.bfloat16_pair`; everything else is multiplied

@@ -14,8 +14,8 @@ from routing.kernels.logits_tiles import TILES
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = 2e-5
-"""Of the tensor cores' sums of up to 7168 products; rounding to 16 bits would cost a hundred times that."""
+TOLERANCE = 5e-5
+"""Of the tensor cores' sums of up to 7168 products; rounding to bfloat16 would cost thirty times that."""
 
 
 @pytest.fixture(autouse=True)

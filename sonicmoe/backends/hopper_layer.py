@@ -1,12 +1,13 @@
-"""All of a layer's forward behind its logits as one call on an sm_90 GPU: the launches of `top_k`, the plan, both projections and
+"""All of a layer's forward as one call on an sm_90 GPU: the launches of the router's product, `top_k`, the plan, both projections and
 gather_sum, in the same kernels with the same numbers as one by one. Its backward is in hopper_layer_backward.py.
 
-Host time is what this is for: one call from Python in place of five, two to four allocations in place of nine, no views. What does not
+Host time is what this is for: one call from Python in place of six, two to four allocations in place of ten, no views. What does not
 outlive the call lies in one tensor, ``scratch``; what backward needs beside z lies in another, ``kept``. z has its own, because its size
 is often a whole number of MiB, of which PyTorch's allocator wastes nothing. All have x's dtype, for `new_empty` without one takes half
 the time; what lies where is said in bytes by `cute_runtime.launches.Parts`.
 
-    scratch: a (R, I), y (R, H), token_index (R,), row_to_token (R,), the plan's counts; in inference also the parts below
+    scratch: a (R, I), y (R, H), before it the logits (T, E), token_index (R,), row_to_token (R,), the plan's counts; in inference also
+             the parts below
     kept:    the plan as `dispatch.pack` has it, expert_index (R,), score (R,)
 
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rows, Z = 2I for a gated activation, else I.
@@ -21,6 +22,7 @@ import torch
 
 from cute_runtime.launches import Given, Part, Parts, one_call
 from dispatch.kernels.sizes import TICKETS
+from routing import router_logits_hopper
 from routing.hopper import MOST_CHOSEN
 from routing.scoring import check_choice
 from routing.top_k_hopper import launch_of
@@ -33,7 +35,7 @@ class Forward(NamedTuple):
     """The launches of a forward, and the sizes of what it is given to write to."""
 
     launch: Callable[..., int | None]
-    """Of (x, logits, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out); biases, z and kept may be None.
+    """Of (x, router_weight, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out); biases, z and kept may be None.
 
     None, or which of them the kernels cannot take as it is: then nothing was launched, and the operations one by one say why."""
     scratch: int
@@ -60,8 +62,8 @@ def forward(
     selection_bias: bool,
     keep: bool,
 ) -> Forward | None:
-    """The launches of top-K routing and the experts for tokens x (..., H) and w_up (E, Z, H); None for what is to be done one by one: no
-    sm_90 GPU, no tokens, very many experts, more chosen experts than the kernel of `top_k` takes.
+    """The launches of a router, top-K routing and the experts for tokens x (..., H) and w_up (E, Z, H); None for what is to be done one
+    by one: no sm_90 GPU, no tokens, very many experts, more chosen experts than the kernel of `top_k` takes.
 
     Args:
         choice: `RouterConfig.choice`.
@@ -98,6 +100,7 @@ def forward(
     given_out.add("tokens_out", dtype, tokens, hidden)
     scratch.add("a", dtype, *apart.a)
     scratch.add("y", dtype, *apart.y)
+    scratch.add_over("logits", "y", torch.float32, tokens, experts)  # read by the choice, long before y is written
     for name in ("token_index", "row_to_token"):
         scratch.add(name, torch.int32, rows)
     if apart.plan.counts is not None:
@@ -108,7 +111,7 @@ def forward(
     biased = Given(torch.float32, (experts,), alignment=4)
     given = {
         "x": Given(dtype, tuple(x)),
-        "logits": Given(torch.float32, (tokens, experts)),
+        "router_weight": Given(dtype, (experts, hidden)),
         "w_up": Given(dtype, (experts, width, hidden)),
         "w_down": Given(dtype, (experts, hidden, apart.a[1])),
         "b_up": Given(dtype, (experts, width)) if up_bias else None,
@@ -119,11 +122,13 @@ def forward(
         "kept": kept.given(dtype) if keep else None,
         "out": Given(dtype, tuple(x)),
     }
+    product, parts = router_logits_hopper.launch_of(dtype, tokens, hidden, experts)
     top_k, numbers = launch_of(torch.float32, experts, selection_bias, *choice)
     plan_rows = ("offsets", "row_to_slot", "row_to_token", "slot_to_row", "tickets")
     counts = () if apart.plan.counts is None else (None, "counts", None, None)
     work = ("offsets", "tickets")
     calls = [
+        (product, ("tokens", "router_weight", "logits", *parts)),
         (top_k, ("logits", "selection_bias", "token_index", "expert_index", "score", *numbers)),
         (apart.plan.kernel, ("expert_index", *counts, *plan_rows, *apart.plan.numbers)),
         (apart.up, ("tokens", "w_up", "b_up", *work, "row_to_token", "a", "z", apart.blocks)),

@@ -1,5 +1,5 @@
-"""The backward of hopper_layer.py, where it is the graph's last one, as two calls: up to dx, and, behind the logits' second product, the
-scores' gradient.
+"""The backward of hopper_layer.py, where it is the graph's last one, as two calls: up to dx, and the logits' second product with
+the scores' gradient, whose tensors take the memory that the first call needs no more.
 
 It overwrites what it has no more use for, z by dz and, in ``kept``, the score by dscore, and puts the rows of dx where scaled_a was. So it
 takes no more memory than the operations one by one, provided that scaled_a is not the larger one; where it is, they do it.
@@ -14,6 +14,7 @@ import torch
 
 from cute_runtime.launches import Given, Parts, one_call
 from dispatch import gather_sum_hopper
+from routing import router_logits_hopper
 from routing.scores_hopper import grad_launch_of
 from sonicmoe.backends import hopper_backward as kernels
 from sonicmoe.backends.arguments import blocks, check_gradient_reach
@@ -26,7 +27,7 @@ class Backward(NamedTuple):
     experts: Callable[..., int | None]
     """Of (dout, x, w_up, w_down, b_down, z, kept, row_to_token, scratch, dx, dw_up, dw_down, db_up, db_down); dx and biases may be None."""
     scores: Callable[..., int | None]
-    """Of (logits, kept, dlogits)."""
+    """Of (x, router_weight, logits, kept, dlogits)."""
     scratch: int
     """Elements of x's dtype."""
 
@@ -93,7 +94,9 @@ def backward(
         ]
 
     logits = Given(torch.float32, (tokens, experts))
-    scores = {"logits": logits, "kept": kept.given(dtype), "dlogits": logits}
+    scores = {"x": given["x"], "router_weight": Given(dtype, (experts, hidden))}
+    scores |= {"logits": logits, "kept": kept.given(dtype), "dlogits": logits}
+    product, parts = router_logits_hopper.launch_of(dtype, tokens, hidden, experts)
     kernel, numbers = grad_launch_of(torch.float32, True, k, scoring, renormalize, scale)
-    again = [(kernel, ("logits", "expert_index", None, "dscore", "dlogits", *numbers))]
+    again = [(product, ("x", "router_weight", "logits", *parts)), (kernel, ("logits", "expert_index", None, "dscore", "dlogits", *numbers))]
     return Backward(one_call(given, (kept, scratch), calls), one_call(scores, (kept,), again), *scratch.shape(dtype))

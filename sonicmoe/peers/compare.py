@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from routing import Routing
-from routing.linalg import matmul
+from routing.linalg import linear
 from sonicmoe import accuracy, benchmark, cases, oracle, timing
 from sonicmoe.activations import is_gated
 from sonicmoe.peers import OURS, PEERS, Peer
@@ -130,7 +130,7 @@ def prepare(problem: benchmark.Problem, peers: int, folder: Path) -> int:
         gib = f"{needed / 2**30:.1f} GiB for files in {folder.parent}, must be at most the {free / 2**30:.1f} GiB that are free there"
         raise ValueError(f"peers: need {gib}; TMPDIR names another folder")
     with torch.no_grad():
-        routing = problem.router.route(matmul(case.x, case.router_weight.mT))
+        routing = problem.router.route(linear(case.x, case.router_weight))
     write_inputs(case, routing, folder)
     rows = int(((routing.expert_index >= 0) & (routing.expert_index < routing.num_experts)).sum())
     del case, routing

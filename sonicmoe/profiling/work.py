@@ -98,6 +98,12 @@ def _added_product(given: _Inputs) -> Work:
     return _product(given, 1)
 
 
+def _router_logits(given: _Inputs) -> Work:
+    """x and weight in, float32 logits out, where it is a kernel of ours; PyTorch's product is `aten::mm`'s work."""
+    (T, H), (E, _) = given.shapes[:2]
+    return Work(2 * T * H * E, (T + E) * H * given.item_bytes + T * E * 4)
+
+
 def _top_k(given: _Inputs) -> Work:
     """T·E logits in, two int32 and a float32 of each slot out."""
     T, E = given.shapes[0]
@@ -115,7 +121,7 @@ def _slot_scores_grad(given: _Inputs) -> Work:
 
 
 def _slot_scores_grad_again(given: _Inputs) -> Work:
-    """The same for logits that the operator makes: their product is `aten::mm`'s work."""
+    """The same for logits that the operator makes, by PyTorch: their product is `aten::mm`'s work. Two kernels of ours share the call."""
     (T, _), (E, _), (R,) = given.shapes[:3]
     return Work(0, 2 * T * E * 4 + 8 * R)
 
@@ -125,9 +131,10 @@ _RULES = {
     "aten::bmm": _product,
     "aten::addmm": _added_product,
     "aten::baddbmm": _added_product,
+    "sonicmoe::router_logits": _router_logits,
     "sonicmoe_routing::top_k": _top_k,
     "sonicmoe_routing::slot_scores": _slot_scores,
     "sonicmoe_routing::slot_scores_grad": _slot_scores_grad,
     "sonicmoe_routing::slot_scores_grad_again": _slot_scores_grad_again,
 }
-"""Routing as docs/kernels/top_k.md counts it."""
+"""Routing as docs/kernels/router_logits.md and top_k.md count it."""

@@ -15,7 +15,8 @@ from cute_runtime.emulator.native import native
 from dispatch import DispatchPlan, chunk_counts, count_hopper, gather_sum_hopper, plan_hopper
 from dispatch.kernels.sizes import TICKETS
 from routing import hopper as routing_hopper
-from routing import scores_hopper, top_k, top_k_hopper
+from routing import router_logits_hopper, scores_hopper, top_k, top_k_hopper
+from routing.kernels.logits_tiles import Tile
 from sonicmoe import MoE, backends
 from sonicmoe.backends import hopper, hopper_backward, hopper_layer, hopper_layer_backward, reference
 
@@ -24,7 +25,8 @@ CACHES = (
     *(chunk_counts.multiprocessors, plan_hopper.uniform_launch, plan_hopper._load_plan_few, plan_hopper._load_place),
     *(plan_hopper._load_keys, plan_hopper._load_bounds, count_hopper._kernel),
     *(gather_sum_hopper.kernel, hopper._up_launch, hopper._down_launch, hopper._forward_launch, hopper_layer.forward),
-    *(top_k_hopper._kernel, top_k_hopper.launch_of, scores_hopper._grad_kernel, hopper_backward._kernel, hopper_layer_backward.backward),
+    *(router_logits_hopper._kernel, router_logits_hopper.launch_of, top_k_hopper._kernel, top_k_hopper.launch_of),
+    *(scores_hopper._grad_kernel, hopper_backward._kernel, hopper_layer_backward.backward),
 )
 
 
@@ -47,6 +49,10 @@ class StandIns:
 
         launch.native = native(launch) if self.work else tvm_ffi.get_global_func("testing.nop")
         return launch
+
+    def router_logits(self, params, x, weight, logits, parts):
+        assert parts in Tile(params["tokens"], params["experts"], params["columns"]).parts
+        logits.copy_(x.float() @ weight.float().mT)
 
     def top_k(self, params, logits, bias, token_index, expert_index, score, k, groups, size, chosen, top2, divides, scale):
         assert groups == 1
@@ -192,4 +198,4 @@ def draw(tokens=T, seed=1):
     return torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
-LAUNCHES = ["top_k", "plan_few", "up_projection", "down_projection", "gather_sum"]
+LAUNCHES = ["router_logits", "top_k", "plan_few", "up_projection", "down_projection", "gather_sum"]

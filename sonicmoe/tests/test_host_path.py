@@ -18,7 +18,7 @@ import torch
 import cute_runtime
 import dispatch
 from dispatch import DispatchPlan, plan_hopper
-from routing import Routing, linalg, top_k
+from routing import Routing, top_k
 from sonicmoe import MoE, backends, routed_experts
 from sonicmoe.backends import hopper, hopper_backward, reference
 from sonicmoe.tests.stand_ins import CACHES, LAUNCHES, E, H, I, K, T, draw, make_layer, standing_in
@@ -242,11 +242,9 @@ def calls_of(function):
 
 
 @pytest.fixture
-def counted_layer(stand_ins, monkeypatch):
-    """A layer whose kernels cost nothing, and whose router's product is one operator, as it is on a GPU."""
+def counted_layer(stand_ins):
+    """A layer whose kernels cost nothing."""
     stand_ins.work = False
-    operands = torch.zeros(T, H), torch.zeros(H, E)
-    monkeypatch.setattr(linalg, "matmul", lambda a, b: torch.mm(*operands))
     return make_layer()
 
 
@@ -254,7 +252,7 @@ def test_inference_makes_no_more_operators_and_calls_than_this(counted_layer):
     x = draw()
     with torch.no_grad():
         operators, calls = operators_of(lambda: counted_layer(x)), calls_of(lambda: counted_layer(x))
-    assert operators == {"aten::mT": 1, "aten::mm": 1, "aten::new_empty": 1, "aten::empty_like": 1}
+    assert operators == {"aten::new_empty": 1, "aten::empty_like": 1}
     assert calls <= 7
 
 
@@ -272,7 +270,7 @@ def test_experts_on_a_routers_ids_and_scores_make_no_more_operators_than_this(st
 
     written_out = routing._replace(token_index=routing.tokens(), expert_index=ids.int(), score=score.float())
     got = forward()
-    assert stand_ins.launched == LAUNCHES[1:]
+    assert stand_ins.launched == LAUNCHES[2:]
     torch.testing.assert_close(got, forward(written_out, backend="reference"), rtol=1e-2, atol=1e-3)
     stand_ins.work = False
     assert operators_of(forward) == {"aten::split_with_sizes": 1, "aten::new_empty": 4, "aten::empty_like": 1}
@@ -283,7 +281,7 @@ def test_training_forward_makes_no_more_operators_and_calls_than_this(counted_la
     """Beside inference's: z, what else backward keeps, and one autograd function."""
     x = draw().requires_grad_()
     operators, calls = operators_of(lambda: counted_layer(x)), calls_of(lambda: counted_layer(x))
-    assert operators == {"aten::mT": 1, "aten::mm": 1, "aten::new_empty": 3, "aten::empty_like": 1}
+    assert operators == {"aten::new_empty": 3, "aten::empty_like": 1}
     assert calls <= 9
 
 

@@ -1,21 +1,23 @@
-"""Suite ``dispatch``: counting, the plan, and all of logits -> plan as a share of the layer's forward.
+"""Suite ``dispatch``: the router's product, counting, the plan, and all of logits -> plan as a share of the layer's forward.
 
 count_cumsum must be faster than ``torch.bincount`` and ``cumsum``; bincount waits for the host and cannot be captured, so that in a
 CUDA graph PyTorch's fastest that can be, scatter_add and cumsum, is the mark too. Routing and dispatch must take under 6 % of the
 forward at (32768,4096,1024,128,8), inference or training, whichever is shorter.
-Values are compared before anything is timed. N slots, T tokens, E experts, K experts per token.
+Values are compared before anything is timed. N slots, T tokens, H hidden size, E experts, K experts per token.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import dispatch
-from routing import RouterConfig
+from routing import RouterConfig, linalg
 from sonicmoe.thiek import Thiek
 from testing.measure.clock import Call, per_call, until_return
 from testing.measure.items import NEEDS_GPU, Bound, Item, Options, cell, differing
+from testing.measure.kernels import SHAPES, machine
 
 LARGEST_SHARE = 0.06
 COUNTS = tuple((slots, experts) for slots in (262_144, 2_097_152) for experts in (128, 50_000))
@@ -31,11 +33,22 @@ PLANS = (
 )
 """(T, E, K, whether slot t*K + j belongs to token t)."""
 
+LARGEST_LOGIT_ERROR = 5e-5
+"""Of a token's logits in float64: the tensor cores' float32 sums. Rounding to bfloat16 would cost thirty times that."""
+PRODUCTS = (
+    *dict.fromkeys((thiek.T, thiek.H, thiek.E) for thiek in SHAPES),
+    *((tokens, *sizes) for sizes in ((4096, 8), (2048, 128), (7168, 256)) for tokens in (1, 16, 64, 512)),
+)
+"""(T, H, E): the speed cells', and decoding in Mixtral-8x7B, Qwen3-30B-A3B and DeepSeek-V3."""
+
 
 def items(options: Options) -> list[Item]:
     counts, plans = (((1000, 16),), ((100, 8, 2, True), (100, 8, 2, False))) if options.quick else (COUNTS, PLANS)
     thiek = options.thiek(32768, 4096, 1024, 128, 8)
     found = []
+    for sizes in ((48, 32, 8),) if options.quick else PRODUCTS:
+        name = f"dispatch/router-logits/{'-'.join(map(str, sizes))}"
+        found.append(Item(name, _router_logits(options, name, *sizes)))
     for slots, experts in counts:
         for dtype in (torch.int32, torch.int64):
             name = f"dispatch/count_cumsum/{slots}-{experts}-{str(dtype).removeprefix('torch.')}"
@@ -54,6 +67,55 @@ def items(options: Options) -> list[Item]:
 def _draw(options: Options, count: int, size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     generator = torch.Generator(options.device).manual_seed(options.seed)
     return torch.randint(size, (count,), generator=generator, device=options.device, dtype=dtype)
+
+
+def _router_logits(options: Options, name: str, tokens: int, hidden: int, experts: int) -> Callable[[], list[dict[str, Any]]]:
+    def run() -> list[dict[str, Any]]:
+        generator = torch.Generator(options.device).manual_seed(options.seed)
+        moved = 2 * hidden * (tokens + experts) + 4 * tokens * experts
+        draws = 1 if options.quick else max(2, min(20, 2**28 // moved))  # more memory than L2 holds
+
+        def normal(rows: int) -> torch.Tensor:
+            return torch.randn(rows, hidden, generator=generator, device=options.device).bfloat16()
+
+        operands = [(normal(tokens), normal(experts)) for _ in range(draws)]
+        x, weight = operands[0]
+        want = x.double() @ weight.double().mT
+        error = ((linalg.linear(x, weight) - want).norm(dim=1) / want.norm(dim=1)).max().item()
+        del want
+
+        def of(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+            turns = itertools.cycle(operands)
+            return lambda: function(*next(turns))
+
+        def pytorch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return linalg.matmul(x, weight.mT)
+
+        calls = {key: Call(of(function), in_graph=options.on_gpu) for key, function in (("ours", linalg.linear), ("mm", pytorch))}
+        times = per_call(calls, options)
+        host = until_return({"ours": of(linalg.linear), "mm": of(pytorch)}, options)
+        flops_per_ms, bytes_per_ms = machine(options)
+        floor_ms = max(2 * tokens * hidden * experts / flops_per_ms, moved / bytes_per_ms)
+        return [
+            cell(
+                options,
+                name,
+                mode="router logits",
+                bound=Bound(error, "relative error of the worst token", LARGEST_LOGIT_ERROR, "at most", everywhere=True),
+                tokens=tokens,
+                hidden=hidden,
+                experts=experts,
+                ms=times["ours"].ms,
+                ms_spread=times["ours"].ms_spread,
+                mm_ms=times["mm"].ms,
+                floor_ms=floor_ms,
+                floor_share=floor_ms / times["ours"].ms,
+                host_ms=host["ours"].ms,
+                mm_host_ms=host["mm"].ms,
+            )
+        ]
+
+    return run
 
 
 def _counting(

@@ -23,7 +23,7 @@ HIDDEN_KERNEL = "sonicmoe.kernels.up_projection"
 PACKAGES = ("cute_runtime", "dispatch", "routing", "sonicmoe")
 """The library."""
 PARTS = {
-    "product_ms": "the router's product, with it PyTorch's start of cuBLAS",
+    "product_ms": "PyTorch's products, the first with its start of cuBLAS: on the kernels none but of a backward, the router's gradients",
     "libraries_ms": "tvm_ffi and the CUDA runtime, until kernels can use them",
     "find_ms": "finding the kernels' objects, which are checked",
     "open_ms": "loading them",
@@ -59,9 +59,9 @@ class Clock:
     def watch(self) -> Callable[[], None]:
         """Time the functions that the parts are spent in; returns what puts the right ones back."""
         loader = importlib.import_module("cute_runtime.load")  # `cute_runtime.load` is the function of that name
-        linalg, launches = (importlib.import_module(name) for name in ("routing.linalg", "cute_runtime.launches"))
+        torch, launches = (importlib.import_module(name) for name in ("torch", "cute_runtime.launches"))
         watched = [
-            ("product_ms", linalg, "matmul"),
+            ("product_ms", torch, "mm"),
             ("libraries_ms", loader, "_share_tvm_ffi"),
             ("libraries_ms", loader, "_share_cuda_runtime"),
             ("find_ms", loader, "find"),

@@ -4,9 +4,8 @@ Inference, training's forward, its backward and a whole step; the same with ever
 inference's time is made of, so that one run says where the rest goes:
 
     module       the call through torch.nn.Module, less the layer's own forward
-    product      the router's logits
     allocations  of scratch and output
-    launches     the one call that issues the five launches behind the logits, or six
+    launches     the one call that issues all six launches, or seven
     launch       one bare launch from Python, of gather_sum: what is beside it is the kernels' and the driver's
     conditions   what is left of inference: whether this is the usual case, and the look-up of its launches
 """
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from dispatch import gather_sum_hopper
-from routing import linalg
 from sonicmoe import backends
 from sonicmoe.moe import MoE
 from sonicmoe.thiek import Thiek
@@ -66,26 +64,25 @@ def _inference(options: Options, layer: MoE, x: torch.Tensor) -> dict[str, Timin
         "inference, one by one": _one_by_one(lambda: layer(x)),
         "forward alone": lambda: layer.forward(x),
     }
-    timed = parts(layer, x)
+    timed = parts(layer, x)  # none where the layer does not run on the kernels
     for function in (*whole.values(), *timed.values()):
         function()  # loads the kernels
     times = until_return({**whole, **timed}, options, repeats=REPEATS)
     alone, inference = times.pop("forward alone"), times["inference"]
-    rest = alone.ms - sum(times[part].ms for part in ("product", "allocations", "launches") if part in times)
+    rest = alone.ms - sum(times[part].ms for part in ("allocations", "launches") if part in times)
     left = {"module": inference.ms - alone.ms} | ({"conditions": rest} if "launches" in times else {})
     times |= {part: Timing(ms, inference.ms_spread, inference.repeats) for part, ms in left.items()}
     return {f"part/{mode}" if mode in (*timed, *left) else mode: time for mode, time in times.items()}
 
 
 def parts(layer: MoE, x: torch.Tensor) -> dict[str, Function]:
-    """What an inference calls, by itself; on other devices than the kernels' the product alone."""
+    """What an inference calls, by itself; nothing on other devices than the kernels'."""
     weight, w_up, w_down = layer.router.weight, layer.w_up, layer.w_down
-    found: dict[str, Function] = {"product": lambda: linalg.matmul(x, weight.mT)}
     settings = (layer.backend, layer.router_config.choice, layer.activation, layer.gate_up_layout)
     forward = backends.load("hopper_layer").forward(x.shape, w_up.shape, x.dtype, x.device, *settings, False, False, False, False)
     if forward is None:
-        return found
-    logits, scratch, out = linalg.matmul(x, weight.mT), x.new_empty(forward.scratch), torch.empty_like(x)
+        return {}
+    scratch, out = x.new_empty(forward.scratch), torch.empty_like(x)
     k = layer.num_experts_per_tok
     rows = x.shape[0] * k
     y, score, slot_to_row = x.new_zeros(rows, x.shape[1]), x.new_zeros(rows, dtype=torch.float32), x.new_zeros(rows, dtype=torch.int32)
@@ -96,11 +93,10 @@ def parts(layer: MoE, x: torch.Tensor) -> dict[str, Function]:
         torch.empty_like(x)
 
     def launch() -> None:
-        if forward.launch(x, logits, w_up, w_down, None, None, None, scratch, None, None, out) is not None:
+        if forward.launch(x, weight, w_up, w_down, None, None, None, scratch, None, None, out) is not None:
             raise RuntimeError("the layer's tensors are not as its launches take them")
 
-    found |= {"allocations": allocate, "launches": launch, "launch": lambda: gather_sum(y, score, slot_to_row, None, None, out, k, 0)}
-    return found
+    return {"allocations": allocate, "launches": launch, "launch": lambda: gather_sum(y, score, slot_to_row, None, None, out, k, 0)}
 
 
 def _training(options: Options, layer: MoE, x: torch.Tensor, dout: torch.Tensor) -> dict[str, Timing]:

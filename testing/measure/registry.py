@@ -9,7 +9,7 @@ from types import ModuleType
 SUITES = {
     "kernels": "each kernel alone beside torch.bmm and its floor",
     "tiles": "the same with every tile, from which the table of tiles follows; needs its kernels built",
-    "dispatch": "counting beside torch.bincount, the plan, and routing + dispatch as a share of the layer's forward",
+    "dispatch": "the router's product and counting beside torch's, the plan, and routing + dispatch as a share of the forward",
     "rounding": "token rounding's wasted rows, and its time per routed row beside top-K's",
     "start": "the first call of a fresh process, with and without a compile, and host time per call",
     "memory": "what is saved for backward, and the peak of a training step",

@@ -60,6 +60,7 @@ def test_what_holds_anywhere_is_judged_on_a_cpu(result):
     assert {cell["name"] for cell in result["cells"] if cell["status"] == PASSED} == {
         "rounding/wasted-rows", "memory/saved-by-experts/48-32-16-8-2", "step/compiled/top_k/weights", "step/compiled/top_k/losses",
         "step/compiled/token_rounding/weights", "step/compiled/token_rounding/losses", "step/twice/top_k", "step/twice/token_rounding",
+        "dispatch/router-logits/48-32-8",
         *(f"kernels/{kernel}/48-32-16-8-2" for kernel in (
             "up-(training)", "up-(inference)", "down", "activation-backward", "dW_down", "dx-rows", "dW_up", "gather-sum"
         )),
@@ -78,6 +79,9 @@ def test_times_of_the_parts_of_a_layer_are_recorded(result):
     assert counting["bound"]["value"] == counting["ms"] / counting["bincount_ms"]
     for one in of(result, "dispatch/logits-to-plan/").values():
         assert one["bound"]["value"] == one["ms"] / min(one["inference_ms"], one["forward_ms"])
+    (product,) = of(result, "dispatch/router-logits/48-32-8").values()
+    assert product["floor_share"] == product["floor_ms"] / product["ms"] > 0
+    assert min(product["mm_ms"], product["host_ms"], product["mm_host_ms"]) > 0
     for one in of(result, "dispatch/plan").values():
         assert min(one[key] for key in ("ms", "eager_ms", "host_ms", "reference_ms", "reference_eager_ms")) > 0
 
@@ -330,7 +334,7 @@ def test_host_time_has_its_parts(monkeypatch):
     layer.backend = "hopper"
     x = torch.randn(TINY.T, TINY.H).bfloat16()
     parts = host_time.parts(layer, x)
-    assert list(parts) == ["product", "allocations", "launches", "launch"]
+    assert list(parts) == ["allocations", "launches", "launch"]
     launched.clear()
     with torch.no_grad():
         layer(x)
@@ -367,6 +371,7 @@ def test_full_sizes_are_those_of_the_issues():
             for dtype in ("int32", "int64") for how in ("eager", "graph")} <= names  # fmt: skip
     assert {"memory/peak/24576-1536-256-128-8", "memory/peak/32768-4096-256-256-16"} <= names
     assert len([name for name in names if name.startswith("memory/saved-by-layer")]) == 5
+    assert {f"dispatch/router-logits/{sizes}" for sizes in ("32768-4096-128", "24576-1536-128", "1-4096-8", "512-7168-256")} <= names
     decoded = [name.split("/")[3] for name in names if name.startswith("tiles/decode/")]
     assert len(decoded) == 2 * 9
     assert {"1-4096-14336-8-2", "8-2048-768-128-8", "64-2880-2880-32-4"} <= set(decoded)
