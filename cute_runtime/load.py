@@ -81,8 +81,8 @@ def find(variant: Variant) -> Path:
 def prepare() -> None:
     """Begin, in a thread and once per process, what the first :func:`load` has to wait for: the import of tvm_ffi, 20 to 50 ms of Python.
 
-    It overlaps with what runs outside of Python: making a layer's weights, and PyTorch's start of cuBLAS at the first product. load waits
-    for the import's lock where it comes too early. For processes that use a GPU; what is missing is for load to say.
+    It overlaps with what runs outside of Python: making or reading a layer's weights. load waits for the import's lock where it comes too
+    early. For processes that use a GPU; what is missing is for load to say.
     """
     threading.Thread(target=_prepare, name="cute_runtime.prepare").start()
 
