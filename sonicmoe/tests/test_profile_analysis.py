@@ -126,6 +126,12 @@ def test_routing_kernels_have_their_work_from_shapes_and_k():
         assert gradient.rate.gb_per_s == pytest.approx((2 * 100 * 64 * 4 + 8 * 400) / 20e-6 / 1e9)
 
 
+def test_the_routers_product_has_its_work_from_shapes():
+    """The bytes of docs/kernels/router_logits.md at T,H,E = 100,64,8."""
+    details = {"Input Dims": [[100, 64], [8, 64]], "Input type": ["c10::BFloat16", "c10::BFloat16"]}
+    assert work.of_operator("sonicmoe::router_logits", details) == Work(2 * 100 * 64 * 8, 2 * 64 * (100 + 8) + 4 * 100 * 8)
+
+
 def test_work_survives_the_name_of_a_range():
     name = work.range_name("gather_sum", Work(0, 12345))
     assert work.read_range(name) == ("gather_sum", Work(0, 12345))
