@@ -14,11 +14,14 @@ STAGE_BYTES = 192 * 1024
 LARGEST_CLUSTER = 8
 """Blocks; what every GPU that has clusters takes."""
 
-BLOCKS = 128
-"""Blocks at a time. Of 132 multiprocessors clusters of eight find room on 128, and the choice, with it the order in which an element's
-products are added, shall not hang on the GPU that is there."""
-L2_BYTES = 32
-"""A cycle and multiprocessor, measured without multicast: docs/kernels/router_logits.md."""
+ROOM = {1: 128, 2: 128, 4: 120, 8: 120}
+"""Blocks at a time by the blocks of a cluster, which need as many multiprocessors of one GPC: an H200's 132 did not hold 32 clusters of
+four or 16 of eight, which took twice the time of one wave. A constant, since the choice, with it the order in which an element's products
+are added, shall not hang on the GPU that is there."""
+L2_BYTES = 40
+EXCHANGE_BYTES = 12
+"""A cycle and multiprocessor, from L2 and from other blocks' shared memory. These and the two below choose the fastest of all tiles and
+parts at each of 17 measured sizes (docs/kernels/router_logits.md)."""
 START_CYCLES = 2000
 """Of a block: launch, the first stage's way from memory, and the end."""
 EXCHANGE_CYCLES = 1000
@@ -63,10 +66,11 @@ def choice(tokens: int, hidden: int, experts: int) -> tuple[Tile, int]:
     """
 
     def cycles(tile: Tile, parts: int) -> float:
-        waves = ceil(tile.clusters(tokens, experts) * tile.columns * parts / BLOCKS)
+        blocks = tile.columns * parts
+        waves = ceil(tile.clusters(tokens, experts) * blocks / ROOM[blocks])
         loaded = (min(tile.tokens, tokens) / tile.columns + min(tile.experts, experts)) * TILE_K * 2 / L2_BYTES
         stage = max(loaded, tile.tokens * tile.experts / 32)
-        exchange = EXCHANGE_CYCLES + tile.tokens * tile.experts * 4 * (parts - 1) / parts / L2_BYTES if parts > 1 else 0
+        exchange = EXCHANGE_CYCLES + tile.tokens * tile.experts * 4 * (parts - 1) / parts / EXCHANGE_BYTES if parts > 1 else 0
         return waves * (START_CYCLES + ceil(ceil(hidden / TILE_K) / parts) * stage + exchange)
 
     return min(((tile, parts) for tile in TILES for parts in tile.parts), key=lambda pair: cycles(*pair))

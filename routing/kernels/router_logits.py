@@ -132,17 +132,18 @@ class RouterLogits:
             cute.arch.mbarrier_init_fence()
         self._meet(columns)  # the other block of a pair, too, is about to load into this one
 
-        if own_warp == 4 * self.consumers:
+        loads = own_warp == 4 * self.consumers
+        accumulators = cute.make_rmem_tensor(tiled_mma.partition_shape_C((tokens, experts)), Float32)
+        if loads:
             self._load((tma_x, x, shared_x, row), (tma_w, weight, shared_w, column), full, empty, begin, end, part, place)
-            self._meet(blocks)
-            self._meet(blocks)
         else:
-            accumulators = cute.make_rmem_tensor(tiled_mma.partition_shape_C((tokens, experts)), Float32)
             self._multiply(tiled_mma, accumulators, shared_x, shared_w, full, empty, end - begin, part, own_warp // 4)
-            self._meet(blocks)
-            sums = storage.x.data_ptr()
+        sums = storage.x.data_ptr()
+        self._meet(blocks)
+        if not loads:
             self._hand_over(accumulators, sums.toint(), part, place, own_warp, parts)
-            self._meet(blocks)
+        self._meet(blocks)
+        if not loads:
             self._add(logits, cute.recast_ptr(sums, dtype=Float32), (row * tokens, column * experts), part, own_warp, parts)
 
     def _meet(self, blocks: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from cute_runtime.timing import graph_us
 from routing import linalg, router_logits_hopper
-from routing.kernels.logits_tiles import BLOCKS, TILES, Tile
+from routing.kernels.logits_tiles import ROOM, TILES, Tile
 
 pytestmark = pytest.mark.gpu
 
@@ -112,12 +112,12 @@ def test_the_blocks_of_a_wave_find_room_at_once(parts, capsys):
     torch.use_deterministic_algorithms(False)
     tile, times = Tile(256, 128), []
     kernel = router_logits_hopper._kernel(torch.bfloat16, tile)
-    for clusters in (BLOCKS // parts, BLOCKS // parts * 3 // 4):
+    for clusters in (ROOM[parts] // parts, ROOM[parts] // parts * 3 // 4):
         x, weight = operands(clusters * tile.tokens, 2048, tile.experts)
         logits = torch.empty(clusters * tile.tokens, tile.experts, device="cuda")
         times.append(graph_us([functools.partial(kernel, x, weight, logits, parts)] * 20))
     with capsys.disabled():
-        print(f"\nrouter_logits, clusters of {parts}: {BLOCKS} blocks {times[0]:.1f} us, three quarters of them {times[1]:.1f} us")
+        print(f"\nrouter_logits, clusters of {parts}: {ROOM[parts]} blocks {times[0]:.1f} us, three quarters of them {times[1]:.1f} us")
     assert times[0] < 1.5 * times[1]
 
 
