@@ -40,7 +40,7 @@ def run(case: Case, mesh: DeviceMesh, split: Sequence[int], *, backend: str = "a
 def run_layer(layer: MoE, case: Case, mesh: DeviceMesh, split: Sequence[int]) -> tuple[dict[str, torch.Tensor], Routing]:
     """`run` for a layer that has been through `expert_parallel`."""
     group, rank = mesh.get_group(), mesh.get_local_rank()
-    own = own_tokens(split, rank)
+    own, own_experts = own_tokens(split, rank), own_tokens([case.thiek.E // mesh.size()] * mesh.size(), rank)
     x = case.x[own].detach().clone().requires_grad_()
     out, router = layer(x, return_router=True)
     parameters = dict(layer.named_parameters())
@@ -52,12 +52,13 @@ def run_layer(layer: MoE, case: Case, mesh: DeviceMesh, split: Sequence[int]) ->
             dist.all_reduce(total, group=group)
             result["drouter"] = total.to(gradient.dtype)
         else:
-            result[_GRADIENTS[name]] = gradient.full_tensor()
+            # Not full_tensor: its collective reads a GPU's memory from the host with gloo (torch 2.11).
+            result[_GRADIENTS[name]] = _whole(gradient.to_local(), gradient.shape, own_experts, group)
     return result, _whole_routing(router.routing, case, own, group)
 
 
 def _whole(part: torch.Tensor, shape: torch.Size, own: slice, group: dist.ProcessGroup) -> torch.Tensor:
-    """All processes' rows; adding zeros changes no bit."""
+    """All processes' rows; adding zeros changes no value."""
     whole = part.new_zeros(shape)
     whole[own] = part
     dist.all_reduce(whole, group=group)
