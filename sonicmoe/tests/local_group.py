@@ -16,6 +16,13 @@ import torch.multiprocessing as multiprocessing
 
 from sonicmoe.parallel.launch import without_multicast
 
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """That of the rank which asks."""
+    return _device
+
 
 class RankError(RuntimeError):
     """A function raised on some ranks, or they are gone; the message names each, with its traceback."""
@@ -26,12 +33,12 @@ class LocalGroup:
 
     Args:
         processes: W.
-        device_type: "cpu" with gloo, or "cuda" with NCCL and one GPU for each process.
+        device: "cpu" with gloo, "cuda" with NCCL and a GPU for each process, or "cuda:0" with gloo and this GPU for all.
         timeout_s: of the group's collectives.
     """
 
-    def __init__(self, processes: int, *, device_type: str = "cpu", timeout_s: float = 60.0) -> None:
-        self.timeout_s, self._size, self._device_type = timeout_s, processes, device_type
+    def __init__(self, processes: int, *, device: str = "cpu", timeout_s: float = 60.0) -> None:
+        self.timeout_s, self._size, self._device = timeout_s, processes, device
         self._start()
 
     def _start(self) -> None:
@@ -43,7 +50,7 @@ class LocalGroup:
         self.processes = []
         for rank in range(self._size):
             mine, theirs = spawn.Pipe()
-            arguments = (theirs, rank, self._size, self._device_type, port, self.timeout_s)
+            arguments = (theirs, rank, self._size, self._device, port, self.timeout_s)
             process = spawn.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -125,21 +132,21 @@ class _Raised:
         self.text = text
 
 
-def _serve(pipe: Connection, rank: int, processes: int, device_type: str, port: int, timeout_s: float) -> None:
+def _serve(pipe: Connection, rank: int, processes: int, device: str, port: int, timeout_s: float) -> None:
+    global _device
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
     without_multicast()
-    backend, device = "gloo", None
-    if device_type == "cuda":
-        backend, device = "nccl", torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+    backend, _device = ("nccl", torch.device("cuda", rank)) if device == "cuda" else ("gloo", torch.device(device))
+    os.environ["LOCAL_RANK"] = str(rank if _device.index is None else _device.index)
+    if _device.type == "cuda":
+        torch.cuda.set_device(_device)
     dist.init_process_group(
         backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=processes,
         timeout=timedelta(seconds=timeout_s),
-        device_id=device,
+        device_id=_device if backend == "nccl" else None,
     )
     while (call := pipe.recv()) is not None:
         function, arguments = call

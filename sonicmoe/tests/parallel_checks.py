@@ -29,6 +29,7 @@ from sonicmoe.parallel import ExpertParallel, expert_parallel, failures, fully_s
 from sonicmoe.parallel.launch import Processes
 from sonicmoe.parallel.layer import ExpertParallelism
 from sonicmoe.parallel.symmetric import SymmetricMemory
+from sonicmoe.tests.local_group import device
 from sonicmoe.thiek import Thiek
 from sonicmoe.training import text
 from sonicmoe.training.config import TrainConfig
@@ -37,10 +38,6 @@ from sonicmoe.training.shares import Alone, Shares
 
 SIZES = Thiek(T=90, H=32, I=16, E=8, K=3)
 ROUNDING = {"method": "token_rounding", "tile_m": 8}
-
-
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @cache
@@ -55,11 +52,13 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
     Args:
         expert: size of the expert-parallel group.
         split: tokens of each of its ranks.
-        options: dtype, k, sizes, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), those of
-            `cases.make_case`, and those of `expert_parallel`; capacity stands for a `PaddedOnCpu` transport.
+        options: dtype, k, sizes, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), output_is_gradient
+            (the output's gradient is the output itself), those of `cases.make_case`, and those of `expert_parallel`; capacity stands
+            for a `PaddedOverGloo` transport.
     """
-    options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, **options}
-    dtype, k, router, everyone_to = (options.pop(name) for name in ("dtype", "k", "router", "everyone_to"))
+    options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, "output_is_gradient": False, **options}
+    names = ("dtype", "k", "router", "everyone_to", "output_is_gradient")
+    dtype, k, router, everyone_to, output_is_gradient = (options.pop(name) for name in names)
     of_case = {name: options.pop(name) for name in ("activation", "bias", "gate_up_layout") if name in options}
     sizes = options.pop("sizes", SIZES)._replace(T=sum(split), K=k)
     router = RouterConfig(k=k, **router)
@@ -68,16 +67,19 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
         owner = torch.arange(sizes.E, device=case.x.device) // (sizes.E // expert) == everyone_to
         weight = case.router_weight.abs() * torch.where(owner, 1.0, -1.0).to(case.x.dtype).unsqueeze(1)
         case = dataclasses.replace(case, x=case.x.abs(), router_weight=weight)
-    if "capacity" in options and device().type == "cpu":
+    if output_is_gradient:
+        with torch.no_grad():
+            case = dataclasses.replace(case, dout=case.layer("reference")(case.x))
+    if "capacity" in options:
         chunk_tokens = -(-max(split) // options.get("chunks", 1))
-        options["transport"] = PaddedOnCpu(mesh(expert)["expert"].get_group(), chunk_tokens, options.pop("capacity"))
+        options["transport"] = PaddedOverGloo(mesh(expert)["expert"].get_group(), chunk_tokens, options.pop("capacity"))
     got, routing = judging.run(case, mesh(expert)["expert"], split, **options)
     found = accuracy.measure_all(got, case.oracle(routing))
     return {name: [error.whole, error.worst_block] for name, error in found.items()}
 
 
-class PaddedOnCpu(SymmetricMemory):
-    """The transport with sizes on the device, with its operation replaced by gloo: its padding and buffers without a GPU."""
+class PaddedOverGloo(SymmetricMemory):
+    """The transport with sizes on the device, with its operation replaced by gloo: its padding and buffers on a CPU or one GPU."""
 
     def __init__(self, group: dist.ProcessGroup, chunk_tokens: int, capacity: float | None) -> None:
         self._init(group, chunk_tokens, capacity, _all_to_all_vdev, torch.empty)
@@ -422,7 +424,7 @@ def refusal(option: str, value: object) -> str:
 
 def too_many_arrive() -> None:
     """Every rank is to receive 36 rows and has room for 8."""
-    transport = PaddedOnCpu(mesh(4).get_group("expert"), 4, 1.0)
+    transport = PaddedOverGloo(mesh(4).get_group("expert"), 4, 1.0)
     transport.announce(torch.full((4, 1, 2), 9), num_tokens=4, slots_per_token=2, experts=2)
 
 
@@ -461,9 +463,9 @@ def graph_replay_equals_eager(sizes: Thiek, options: dict) -> bool:
     return torch.equal(out, expected)
 
 
-def same_bits_again(sizes: Thiek) -> bool:
+def same_bits_again(sizes: Thiek, options: dict) -> bool:
     """Two passes, forward and backward, on the same tokens."""
     case = cases.make_case(sizes._replace(T=900), seed=1, device=device())
-    layer = expert_parallel(case.layer(), mesh(2)["expert"], chunks=2)
+    layer = expert_parallel(case.layer(), mesh(2)["expert"], chunks=2, **options)
     first, second = (judging.run_layer(layer, case, mesh(2)["expert"], [500, 400])[0] for _ in range(2))
     return all(torch.equal(first[name], second[name]) for name in first)
