@@ -104,6 +104,8 @@ def _check(layer: MoE, mesh: DeviceMesh, chunks: int) -> None:
         raise TypeError(f"layer is a {type(layer).__name__}: must be a sonicmoe.MoE")
     if layer.parallelism is not None:
         raise ValueError("layer: its experts are spread over processes already")
+    if layer.main_grads:
+        raise ValueError("main_grads=True: must be False for a layer whose experts are spread over processes")
     if mesh.ndim != 1:
         raise ValueError(f'mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: must have one, such as mesh["expert"]')
     if layer.num_experts % mesh.size():

@@ -411,6 +411,8 @@ def refusal(option: str, value: object) -> str:
         layer = MoE(32, 16, value, 2)
     elif option == "mesh":
         own = mesh(2)
+    elif option == "main_grads":
+        layer = _layer(main_grads=value)
     elif option == "layer":
         layer = torch.nn.Linear(2, 2) if value == "linear" else expert_parallel(layer, own)
     else:

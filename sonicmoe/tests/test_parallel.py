@@ -213,6 +213,7 @@ def test_checkpoint_of_two_ranks_loads_on_one_and_on_four(ranks: LocalGroup, tmp
         ("mesh", "two dimensions", "ValueError: mesh has 2 dimensions ('replicas', 'expert'): must have one, such as mesh[\"expert\"]"),
         ("layer", "linear", "TypeError: layer is a Linear: must be a sonicmoe.MoE"),
         ("layer", "twice", "ValueError: layer: its experts are spread over processes already"),
+        ("main_grads", True, "ValueError: main_grads=True: must be False for a layer whose experts are spread over processes"),
         ("chunks", 0, "ValueError: chunks=0: must be an int, at least 1"),
         ("transport", "pigeon", "ValueError: transport='pigeon': must be one of all_to_all, symmetric_memory"),
         ("transport", "symmetric_memory", 'ValueError: transport="symmetric_memory": the mesh is on cpu, must be on GPUs'),
