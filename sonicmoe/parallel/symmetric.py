@@ -158,6 +158,9 @@ class SymmetricMemory:
         channel = self._channels.get(stride)
         if channel is None or channel.out.shape[0] < rows:
             processes = dist.get_world_size(self.group)
+            if channel is not None and self._side is not None:
+                # Peers read these buffers: when all have waited here and joined the allocation, none does, and they may be freed.
+                self._side.synchronize()
 
             def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
                 return self._empty(*shape, dtype=dtype, device=device)
