@@ -25,11 +25,12 @@ def test_logits_and_gradients_against_float64(dtype):
     logits = router_logits(x, weight)
     dx, dweight = torch.autograd.grad(logits, (x, weight), dlogits)
     wide = [tensor.detach().double() for tensor in (x, weight, dlogits)]
-    one_rounding = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 3e-7, torch.float64: 1e-15}[dtype]
+    # One rounding, or of float32 the 300 sums in whatever order a BLAS takes.
+    limit = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-15}[dtype]
     assert (logits.dtype, dx.dtype, dweight.dtype) == (dlogits.dtype, dtype, dtype)
     assert relative_error(logits, wide[0] @ wide[1].T) < (1e-15 if dtype == torch.float64 else 5e-7)
-    assert relative_error(dx, wide[2] @ wide[1]) < one_rounding
-    assert relative_error(dweight, wide[2].T @ wide[0]) < one_rounding
+    assert relative_error(dx, wide[2] @ wide[1]) < limit
+    assert relative_error(dweight, wide[2].T @ wide[0]) < limit
 
 
 def test_values_on_a_cpu_are_the_float32_product_of_widened_operands():
