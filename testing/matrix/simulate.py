@@ -127,7 +127,7 @@ def failures(
             return Trial(work / (1 - loss) * generator.gauss(1.0, scatter), generator.gauss(1.0, scatter), {})
 
         measured = {"name": "layer", **summarize(timed(rule, works, trial))}
-        another = Machine("another device", None)  # whose absolute times are not judged
+        another = MACHINE._replace(power_limit_w=None)  # whose absolute times are not judged
         found.update(fail.what for fail in judge_speed(measured, [Floors(*MACHINE, {"layer": floor})], rule, another))
     return found
 

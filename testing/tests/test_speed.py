@@ -11,7 +11,19 @@ from testing.matrix.__main__ import main
 from testing.matrix.cells import MatrixError, load_matrix
 from testing.matrix.describe import describe
 from testing.matrix.results import NO_FLOOR
-from testing.matrix.speed import MOST_ROUNDS, ROUNDS, Floor, Floors, Machine, Rule, Trial, judge_speed, needs_more_rounds, summarize
+from testing.matrix.speed import (
+    MOST_ROUNDS,
+    ROUNDS,
+    Floor,
+    Floors,
+    Machine,
+    Rule,
+    Trial,
+    floor_of,
+    judge_speed,
+    needs_more_rounds,
+    summarize,
+)
 from testing.tests import small_matrix
 
 NAME = "speed/fast/forward"
@@ -72,15 +84,18 @@ def test_the_largest_loss_of_the_operations_comes_first():
 
 def test_absolute_tflops_count_on_the_named_device_and_power_limit_only():
     assert judged(tflops=390.0) == ["tflops"]
-    for machine in (H200, Machine("NVIDIA H100", 350.0)):
-        assert judged(machine, tflops=390.0, up=1.0) == []
-        assert judged(machine, ratio=0.7) == ["ratio"]
+    other_limit = Machine("NVIDIA H100", 350.0)
+    assert judged(other_limit, tflops=390.0, up=1.0) == []
+    assert judged(other_limit, ratio=0.7) == ["ratio"]
 
 
-def test_the_own_devices_floor_goes_before_another_ones():
-    floors = [Floors(*H100, {NAME: FLOOR}), Floors(*H200, {NAME: FLOOR._replace(ratio=0.6, kernels={})})]
-    assert judged(H200, floors, ratio=0.7) == []
+def test_a_ratio_is_held_to_its_devices_floors_of_the_own_power_limit_first():
+    floors = [Floors(*H100, {NAME: FLOOR}), Floors("NVIDIA H100", 350.0, {NAME: FLOOR._replace(ratio=0.6, kernels={})})]
+    assert judged(Machine("NVIDIA H100", 350.0), floors, ratio=0.7) == []
     assert judged(H100, floors, ratio=0.7) == ["ratio"]
+    assert floor_of(floors, NAME, Machine("NVIDIA H100", 500.0)) == (floors[0], FLOOR)
+    assert floor_of(floors, NAME, H200) is None
+    assert judged(H200, floors, ratio=0.1) == []
 
 
 def rounds_of(*rounds):
