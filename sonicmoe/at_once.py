@@ -59,8 +59,7 @@ def output(layer: "MoE", x: torch.Tensor) -> torch.Tensor | None:
         return None  # a part is frozen: the general path knows what is not worth computing
     if b_up is not None and not (b_up.requires_grad and b_down.requires_grad):
         return None
-    options = (layer.activation, layer.gate_up_layout, "hopper")
-    return _apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, config.choice, options)
+    return _apply(x, weight, w_up, w_down, b_up, b_down, selection_bias, forward)
 
 
 def _run(
@@ -73,13 +72,16 @@ def _run(
     b_down: torch.Tensor | None,
     selection_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The output, None where a tensor is not as the kernels take it, and z and what else backward needs, None without one."""
+    """The output, None where a tensor is not as the kernels take it, and what backward needs: z, None where it is a part of the other, and
+    the other, None without a backward."""
     z = kept = None
     with cute_runtime.on_device(x.device):
         scratch = x.new_empty(forward.scratch)
         out = torch.empty_like(x)
         if forward.kept:
-            z, kept = x.new_empty(forward.z), x.new_empty(forward.kept)
+            kept = x.new_empty(forward.kept)
+        if forward.z:
+            z = x.new_empty(forward.z)
         refused = forward.launch(x, weight, w_up, w_down, b_up, b_down, selection_bias, scratch, z, kept, out)
     return (out, z, kept) if refused is None else (None, None, None)
 
@@ -88,11 +90,11 @@ class _Layer(torch.autograd.Function):
     """Router and experts in one: all parameters need a gradient, x may."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_up, w_down, b_up, b_down, selection_bias, forward, choice, options):
+    def forward(ctx, x, weight, w_up, w_down, b_up, b_down, selection_bias, forward):
         out, z, kept = _run(forward, x, weight, w_up, w_down, b_up, b_down, selection_bias)
         if out is not None:
             ctx.save_for_backward(x, weight, w_up, w_down, b_down, z, kept)
-            ctx.layout, ctx.choice, ctx.options, ctx.bias = forward.parts, choice, options, b_up is not None
+            ctx.made, ctx.bias = forward, b_up is not None
         return out
 
     @staticmethod
@@ -112,7 +114,7 @@ class _Layer(torch.autograd.Function):
         if need_x:
             dx = dx + routed_dx if torch.is_grad_enabled() else dx.add_(routed_dx)
             dx = dx.view(x.shape)
-        return dx, dweight, dw_up, dw_down, db_up, db_down, *(None,) * 4
+        return dx, dweight, dw_up, dw_down, db_up, db_down, None, None
 
 
 _apply = apply_of(_Layer)
@@ -124,7 +126,7 @@ _Gradients = tuple[tuple[torch.Tensor | None, ...], torch.Tensor]
 def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) -> _Gradients | None:
     """None where the launches are not made at once."""
     need_x, sizes = ctx.needs_input_grad[0], (tokens.shape[0], w_up.shape, w_down.shape, tokens.dtype, tokens.device)
-    backward = backends.load("hopper_layer_backward").backward(*sizes, ctx.choice, *ctx.options[:2], ctx.bias, need_x)
+    backward = backends.load("hopper_layer_backward").backward(*sizes, ctx.made.choice, *ctx.made.options[:2], ctx.bias, need_x)
     if backward is None:
         return None
     with cute_runtime.on_device(tokens.device):
@@ -133,7 +135,7 @@ def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) 
         dx = torch.empty_like(tokens) if need_x else None
         db_up = w_up.new_empty(w_up.shape[:2]) if ctx.bias else None
         db_down = torch.empty_like(b_down) if ctx.bias else None
-        row_to_token = _part(kept, ctx.layout["row_to_slot"]) // ctx.choice[0]  # as dispatch.unpack makes it
+        row_to_token = _part(kept, ctx.made.parts["row_to_slot"]) // ctx.made.choice[0]  # as dispatch.unpack makes it
         results = dx, dw_up, dw_down, db_up, db_down
         refused = backward.experts(dout, tokens, w_up, w_down, b_down, z, kept, row_to_token, scratch, *results)
         if refused is not None:
@@ -146,11 +148,13 @@ def _backward_at_once(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) 
 
 
 def _backward_one_by_one(ctx, dout, tokens, weight, w_up, w_down, b_down, z, kept) -> _Gradients:
-    k, scoring, renormalize, scale, *_ = ctx.choice
-    plan, expert_index, score = _parts(kept, ctx.layout)
+    k, scoring, renormalize, scale, *_ = ctx.made.choice
+    if z is None:
+        z = _part(kept, ctx.made.parts["z"]).view(ctx.made.parts["z"].shape)
+    plan, expert_index, score = _parts(kept, ctx.made.parts)
     needs = experts.Needs(ctx.needs_input_grad[0], True, True, ctx.bias, ctx.bias, True)
     sizes = (tokens.shape[0], w_up.shape[0], k)
-    *of_experts, dscore = experts.gradients(dout, z, tokens, w_up, w_down, b_down, score, plan, *sizes, *ctx.options, list(needs))
+    *of_experts, dscore = experts.gradients(dout, z, tokens, w_up, w_down, b_down, score, plan, *sizes, *ctx.made.options, list(needs))
     return of_experts, slot_scores_grad_again(tokens, weight, expert_index, None, dscore, k, scoring, renormalize, scale)
 
 

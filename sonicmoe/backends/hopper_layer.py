@@ -2,13 +2,13 @@
 gather_sum, in the same kernels with the same numbers as one by one. Its backward is in hopper_layer_backward.py.
 
 Host time is what this is for: one call from Python in place of six, two to four allocations in place of ten, no views. What does not
-outlive the call lies in one tensor, ``scratch``; what backward needs beside z lies in another, ``kept``. z has its own, because its size
-is often a whole number of MiB, of which PyTorch's allocator wastes nothing. All have x's dtype, for `new_empty` without one takes half
-the time; what lies where is said in bytes by `cute_runtime.launches.Parts`.
+outlive the call lies in one tensor, ``scratch``; what backward needs lies in another, ``kept``, but for a large z, which has its own,
+because its size is often a whole number of MiB, of which PyTorch's allocator wastes nothing. All have x's dtype, for `new_empty` without
+one takes half the time; what lies where is said in bytes by `cute_runtime.launches.Parts`.
 
     scratch: a (R, I), y (R, H), before it the logits (T, E), token_index (R,), row_to_token (R,), the plan's counts; in inference also
              the parts below
-    kept:    the plan as `dispatch.pack` has it, expert_index (R,), score (R,)
+    kept:    the plan as `dispatch.pack` has it, expert_index (R,), score (R,), a small z (R, Z)
 
 Notation: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rows, Z = 2I for a gated activation, else I.
 """
@@ -30,6 +30,9 @@ from sonicmoe import backends, validation
 from sonicmoe.activations import is_gated
 from sonicmoe.backends import hopper
 
+LARGE_Z = 8 * 2**20
+"""Bytes from which z has a tensor of its own. Below, PyTorch's allocator cuts from larger blocks, so that nothing is lost together."""
+
 
 class Forward(NamedTuple):
     """The launches of a forward, and the sizes of what it is given to write to."""
@@ -40,11 +43,15 @@ class Forward(NamedTuple):
     None, or which of them the kernels cannot take as it is: then nothing was launched, and the operations one by one say why."""
     scratch: int
     """Elements of x's dtype."""
-    z: tuple[int, int]
+    z: tuple[int, int] | None
+    """None without a backward, and where z is a part of ``kept``."""
     kept: int
-    """Likewise, 0 without a backward."""
+    """Elements of x's dtype, 0 without a backward."""
     parts: dict[str, Part]
     """Of ``kept``."""
+    choice: tuple
+    options: tuple[str, str, str]
+    """activation, gate_up_layout, backend."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,7 +102,7 @@ def forward(
     if apart is None or apart.plan is None:
         return None
     scratch, given_x, given_out = (Parts(name) for name in ("scratch", "x", "out"))
-    kept = keeping(experts, rows) if keep else Parts("kept")
+    kept, z = keeping(experts, rows, apart.z, dtype) if keep else (Parts("kept"), {"z": None})
     given_x.add("tokens", dtype, tokens, hidden)
     given_out.add("tokens_out", dtype, tokens, hidden)
     scratch.add("a", dtype, *apart.a)
@@ -118,7 +125,7 @@ def forward(
         "b_down": Given(dtype, (experts, hidden)) if down_bias else None,
         "selection_bias": biased if selection_bias else None,
         "scratch": scratch.given(dtype),
-        "z": Given(dtype, apart.z) if keep else None,
+        **z,
         "kept": kept.given(dtype) if keep else None,
         "out": Given(dtype, tuple(x)),
     }
@@ -137,14 +144,18 @@ def forward(
         (apart.gather_sum, ("y", "score", "slot_to_row", None, None, "tokens_out", k, 1)),
     ]
     launch = one_call(given, (given_x, given_out, scratch, kept), calls)
-    return Forward(launch, *scratch.shape(dtype), apart.z, *kept.shape(dtype), kept.parts)
+    options = (activation, gate_up_layout, "hopper")
+    return Forward(launch, *scratch.shape(dtype), apart.z if z.get("z") else None, *kept.shape(dtype), kept.parts, choice, options)
 
 
-def keeping(experts: int, rows: int) -> Parts:
-    """What lies where in ``kept``."""
+def keeping(experts: int, rows: int, z: tuple[int, int], dtype: torch.dtype) -> tuple[Parts, dict[str, Given | None]]:
+    """What lies where in ``kept``, and the place of z among the given tensors: where it is a part, None under another name."""
     kept = Parts("kept")
     _add_indices(kept, experts, rows)
-    return kept
+    if math.prod(z) * dtype.itemsize >= LARGE_Z:
+        return kept, {"z": Given(dtype, z)}
+    kept.add("z", dtype, *z)
+    return kept, {"no z": None}
 
 
 def _add_indices(parts: Parts, experts: int, rows: int) -> None:

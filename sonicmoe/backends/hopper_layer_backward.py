@@ -25,7 +25,8 @@ class Backward(NamedTuple):
     """The launches of a backward, and the size of what it is given beside results."""
 
     experts: Callable[..., int | None]
-    """Of (dout, x, w_up, w_down, b_down, z, kept, row_to_token, scratch, dx, dw_up, dw_down, db_up, db_down); dx and biases may be None."""
+    """Of (dout, x, w_up, w_down, b_down, z, kept, row_to_token, scratch, dx, dw_up, dw_down, db_up, db_down); dx, biases and a z that is a
+    part of kept are None."""
     scores: Callable[..., int | None]
     """Of (x, router_weight, logits, kept, dlogits)."""
     scratch: int
@@ -47,7 +48,7 @@ def backward(
     rows = tokens * k
     for name, of_expert in (("dw_down", hidden), ("dw_up", width)):
         check_gradient_reach(rows, name, experts, of_expert)
-    kept, scratch = keeping(experts, rows), Parts("scratch")
+    (kept, z), scratch = keeping(experts, rows, (rows, width), dtype), Parts("scratch")
     kept.add_over("dscore", "score", torch.float32, rows)
     scratch.add("scaled_a", dtype, rows, columns)
     scratch.add("partial", torch.float32, kernels.partial_lines(rows, experts, columns), rows)
@@ -62,7 +63,7 @@ def backward(
         "w_up": Given(dtype, tuple(w_up)),
         "w_down": Given(dtype, tuple(w_down)),
         "b_down": Given(dtype, (experts, hidden)) if bias else None,
-        "z": Given(dtype, (rows, width)),
+        **z,
         "kept": kept.given(dtype),
         "row_to_token": Given(torch.int32, (rows,)),
         "scratch": scratch.given(dtype),

@@ -25,8 +25,10 @@ BACKWARD = [
 ]
 
 
-@pytest.fixture
-def stand_ins(monkeypatch):
+@pytest.fixture(params=["z among what is kept", "z of its own"])
+def stand_ins(monkeypatch, request):
+    if request.param == "z of its own":
+        monkeypatch.setattr(hopper_layer, "LARGE_Z", 0)
     yield from standing_in(monkeypatch)
 
 
