@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from sonicmoe.backends import hopper_backward
-from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import LONE, PAIR, WIDE
-from sonicmoe.tests.backward_cases import (
+from sonicmoe.kernel_cases import (
     Case,
     check_activation_backward,
     check_added_weight_grads,
@@ -16,6 +14,8 @@ from sonicmoe.tests.backward_cases import (
     check_weight_grads,
     poison_new_tensors,
 )
+from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import LONE, PAIR, WIDE
 from sonicmoe.tests.kernel_options import kernel_options
 
 pytestmark = pytest.mark.gpu

@@ -15,19 +15,18 @@ from dispatch.kernels.sizes import TICKETS
 from routing import Routing
 from routing import hopper as routing_hopper
 from sonicmoe import MoE, accuracy, backends, oracle, routed_experts
-from sonicmoe.activations import activate
 from sonicmoe.backends import hopper, hopper_backward
-from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, TALL, TILES, WIDE, Tile, weight_grad_tile
-from sonicmoe.tests.backward_cases import (
+from sonicmoe.kernel_cases import (
     Case,
-    assert_near,
     check_activation_backward,
     check_added_weight_grads,
     check_dx_rows,
+    check_up_projection,
     check_weight_grads,
     poison_new_tensors,
 )
+from sonicmoe.kernels import variants
+from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, TALL, TILES, WIDE, Tile, weight_grad_tile
 from sonicmoe.tests.stand_ins import CACHES
 
 SIZES = (136, 72, 100, [5, 1, 0, 200, 64, 0, 130])
@@ -156,20 +155,8 @@ def test_dx_rows_match_float64():
 
 def test_forward_takes_interleaved_weights_stored_with_their_last_dimensions_exchanged():
     """As transformers keeps gpt-oss's."""
-    case = make_case(activation="swiglu_oai", transposed=True)
-    b_up = case.randn(len(case.counts), case.width)
-
-    def check():
-        a, z = hopper.up_projection(case.x, case.w_up, b_up, case.plan, activation="swiglu_oai", gate_up_layout="interleaved", store_z=True)
-        for expert, own, tokens, _ in case.experts():
-            want = case.x[tokens].double() @ case.w_up[expert].double().mT + b_up[expert].double()
-            assert_near(z[own], want, f"z of expert {expert}")
-            assert_near(a[own], activate(want, "swiglu_oai", "interleaved"), f"a of expert {expert}")
-        assert z[case.rows :].isnan().all()
-        assert a[case.rows :].isnan().all()
-        return a, z
-
-    in_every_order(check)
+    case = make_case(activation="swiglu_oai", transposed=True, bias=True)
+    in_every_order(lambda: check_up_projection(case, hopper.up_projection))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

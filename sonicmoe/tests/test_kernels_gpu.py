@@ -14,8 +14,8 @@ from sonicmoe import accuracy, backends, oracle, routed_experts
 from sonicmoe.activations import activate, is_gated
 from sonicmoe.backends import hopper
 from sonicmoe.backends.arguments import DTYPES
+from sonicmoe.kernel_cases import poison_new_tensors
 from sonicmoe.kernels import variants
-from sonicmoe.tests.backward_cases import poison_new_tensors
 from sonicmoe.tests.kernel_options import kernel_options
 
 pytestmark = pytest.mark.gpu

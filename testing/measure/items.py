@@ -66,6 +66,8 @@ class Item(NamedTuple):
     run: Callable[[], list[dict[str, Any]]]
     not_run: str = ""
     """Why it cannot be run here; then its one cell says so."""
+    begin: Callable[[], Any] | None = None
+    """Begins in the background what ``run`` waits for, once; called for all items of the suite when its first one is at hand."""
 
 
 class NotRunError(RuntimeError):

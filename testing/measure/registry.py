@@ -14,6 +14,7 @@ SUITES = {
     "start": "the first call of a fresh process, with and without a compile, and host time per call",
     "memory": "what is saved for backward, and the peak of a training step",
     "step": "torch.compile, CUDA graphs, waiting for the host, and the same bits twice",
+    "sanitizer": "every kernel family under compute-sanitizer's memcheck, racecheck and synccheck",
     "train": "sonicmoe train's loss curve beside the reference backend's and its noise",
 }
 

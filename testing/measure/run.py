@@ -29,8 +29,16 @@ def run_suites(names: list[str], options: Options, *, pattern: str | None = None
         task = bar.add_task("", total=len(chosen))
         for item in chosen:
             bar.update(task, description=item.name)
+            if item.begin is not None:
+                _begin(chosen, item.name.split("/")[0])
             yield run_item(item)
             bar.advance(task)
+
+
+def _begin(items: list[Item], suite: str) -> None:
+    for item in items:
+        if item.begin is not None and item.name.split("/")[0] == suite:
+            item.begin()
 
 
 def run_item(item: Item) -> list[dict[str, Any]]:

@@ -71,19 +71,29 @@ def first_call(options: Options, thiek: Thiek, mode: str, cache: Path, *, recomp
         RuntimeError: it failed otherwise, or its output was not finite.
     """
     asked = {"device": str(options.device), "backend": options.backend, "thiek": list(thiek), "mode": mode, "recompile": recompile}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), CACHE_VARIABLE: str(cache)}
     command = [sys.executable, "-m", "testing.measure.first_call", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=TIMEOUT_S)
+    done = run_child(command, TIMEOUT_S, {CACHE_VARIABLE: str(cache)})
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        if any(missing in last for missing in ("MissingKernelError", "MissingToolError")):
-            raise NotRunError(last.partition(": ")[2].partition(" in ")[0])  # without the folders of this machine
-        raise RuntimeError(f"the process ended with {done.returncode}: {last}")
+        raise failure(done)
     found = json.loads(done.stdout.splitlines()[-1])
     if not found["finite"]:
         raise RuntimeError("the process's output has values that are not finite")
     return {**found, "start_s": (found["import_ms"] + found["first_ms"]) / 1e3}
+
+
+def run_child(command: list[str], timeout: float, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A process that finds this checkout's packages, with more in its environment; what it printed is text."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> RuntimeError:
+    """The error of a process that failed; NotRunError where it found a kernel neither prebuilt nor in the cache and has no compiler."""
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if any(missing in last for missing in ("MissingKernelError", "MissingToolError")):
+        return NotRunError(last.partition(": ")[2].partition(" in ")[0])  # without the folders of this machine
+    return RuntimeError(f"the process ended with {done.returncode}: {last}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The backward's five operations on small cases against float64, for whatever device and launcher runs them (GPU or emulator).
+"""The experts' operations on small cases against float64, for whatever device and launcher runs them (GPU or emulator).
 
 Outputs are poisoned with NaN by the caller (`poison_new_tensors`), inputs are fresh normal data; what lies behind the last expert's
 rows is NaN too.
@@ -48,7 +48,7 @@ class Case:
         self.w_up, self.w_down = self.randn(E, self.width, H, scale=H**-0.5), self.randn(E, H, I, scale=I**-0.5)
         if transposed:
             self.w_up, self.w_down = (weight.mT.contiguous().mT for weight in (self.w_up, self.w_down))
-        self.b_down = self.randn(E, H) if bias else None
+        self.b_up, self.b_down = (self.randn(E, self.width), self.randn(E, H)) if bias else (None, None)
         self.z, self.dz, self.scaled_a = self.padded(self.width), self.padded(self.width), self.padded(I)
 
     def randn(self, *shape, scale=1.0):
@@ -76,6 +76,33 @@ def poison_new_tensors(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+def check_up_projection(case: Case, operation, *, store_z: bool = True) -> tuple:
+    """Runs the operation, checks what it returns, and returns it."""
+    a, z = operation(case.x, case.w_up, case.b_up, case.plan, activation=case.activation, gate_up_layout=case.layout, store_z=store_z)
+    assert not case.plan.tickets.any()
+    assert (z is not None) == store_z
+    for expert, own, tokens, _ in case.experts():
+        want = case.x[tokens].double() @ case.w_up[expert].double().mT
+        if case.b_up is not None:
+            want += case.b_up[expert].double()
+        assert_near(a[own], activate(want, case.activation, case.layout), f"a of expert {expert}")
+        if store_z:
+            assert_near(z[own], want, f"z of expert {expert}")
+    assert all(result is None or result[case.rows :].isnan().all() for result in (a, z)), "the tail was written"
+    return a, z
+
+
+def check_down_projection(case: Case, operation) -> torch.Tensor:
+    """The operation's result on scaled_a, checked."""
+    y = operation(case.scaled_a, case.w_down, case.b_down, case.plan)
+    assert not case.plan.tickets.any()
+    for expert, own, _, _ in case.experts():
+        want = case.scaled_a[own].double() @ case.w_down[expert].double().mT
+        assert_near(y[own], want if case.b_down is None else want + case.b_down[expert].double(), f"y of expert {expert}")
+    assert y[case.rows :].isnan().all(), "the tail was written"
+    return y
 
 
 def check_activation_backward(case: Case, operation, **needs) -> tuple:
