@@ -219,14 +219,18 @@ def dx_rows(device: str, seed: int) -> None:
 
 
 def layer(device: str, seed: int) -> None:
-    """A training step, whose launches are one call in each direction, and an inference."""
+    """A training step whose operations are called one by one, then one whose launches are one call in each direction, and an inference."""
     case = cases.make_case(LAYER, seed=seed, device=device, bias=True)
-    model = case.layer()
+    model, x = case.layer(), case.x.detach().requires_grad_()
     result, routing = cases.run(model, case)
     wrong = accuracy.failures(accuracy.measure_all(result, case.oracle(routing)), accuracy.THRESHOLDS[case.x.dtype])
     assert not wrong, wrong[0]
+    out = model(x)
+    assert (type(out.grad_fn).__name__ == "_LayerBackward") == (_backend(device) == "hopper"), "not at once"
+    at_once = out, *torch.autograd.grad(out, [x, *model.parameters()], case.dout)
+    _same(at_once, tuple(result.values()), "training at once", "one by one")
     with torch.no_grad():
-        assert torch.equal(model(case.x), result["o"]), "inference has other bits than training"
+        _same((model(case.x),), (result["o"],), "inference", "training")
 
 
 CASES: dict[str, Callable[[str, int], None]] = {
@@ -286,8 +290,8 @@ def _used(expert: torch.Tensor, experts: int) -> np.ndarray:
     return ids[(ids >= 0) & (ids < experts)]
 
 
-def _same(got: tuple, want: tuple, name: str) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True)), f"{name} have other bits than PyTorch's"
+def _same(got: tuple, want: tuple, name: str, other: str = "PyTorch") -> None:
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True)), f"{name}: other bits than {other}"
 
 
 def _hold(checks: list[Check]) -> None:
