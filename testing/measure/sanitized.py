@@ -47,7 +47,7 @@ COUNTS = [
     (8, 8, 9, (3, 0, 9)),
     (64, 1032, 300, (200,) * 20),
 ]
-"""H, I, T and the experts' rows; the last one gives blocks two or three tiles with 132 multiprocessors, where I makes the columns. With
+"""H, I, T and the experts' rows; the last one gives a block up to three tiles where there are 132 multiprocessors. With
 more than four of activation_backward's, racecheck reports the schedule's slots, whose order it does not follow; no case may force that."""
 FEW_ROWS = (264, 1032, 30, (8, 0, 1) * 8)
 """For the tile of decoding."""
