@@ -24,11 +24,22 @@ _cute_kernel = rule(
     },
 )
 
+def kernel_sources():
+    """The package's files as `:sources`: what its objects are compiled from, and checked against when they are loaded.
+
+    A kernel imports from its own folder alone.
+    """
+    native.filegroup(
+        name = "sources",
+        srcs = native.glob(["*.c", "*.py"]),
+        visibility = ["//visibility:public"],
+    )
+
 def cute_kernels(name, variants, tags = [], visibility = ["//visibility:public"]):
     """One target per variant, named after it, and the group of them all.
 
     An object lands in prebuilt/ beside the kernel's module, where cute_runtime looks for it: a test that has the group
-    in its data finds the kernels without a compiler.
+    in its data finds the kernels without a compiler, and with them `:sources`, from which it compiles other variants.
 
     Args:
       name: the group.
@@ -42,6 +53,7 @@ def cute_kernels(name, variants, tags = [], visibility = ["//visibility:public"]
     native.filegroup(
         name = name,
         srcs = [":" + variant for names in variants.values() for variant in names],
+        data = [":sources"],
         tags = tags,
         visibility = visibility,
     )

@@ -42,8 +42,9 @@ sonic_py_library(name = "lower", srcs = ["__init__.py"], visibility = ["//visibi
 """,
     "lower/__init__.py": "VALUE = 1\n",
     "lower/kernels/BUILD.bazel": """
-load("//build_defs:kernels.bzl", "cute_kernels")
+load("//build_defs:kernels.bzl", "cute_kernels", "kernel_sources")
 load("//build_defs:python.bzl", "sonic_py_library")
+kernel_sources()
 sonic_py_library(name = "add", srcs = ["add.py"])
 sonic_py_library(name = "scale", srcs = ["scale.py"])
 cute_kernels(name = "prebuilt", variants = {"add": ["lower.add-n.1", "lower.add-n.2"], "scale": ["lower.scale-n.1"]})
@@ -137,10 +138,11 @@ def test_touching_a_kernel_builds_only_its_variants(workspace: Workspace):
     assert {name for name in first if first[name] != second[name]} == {"lower.add-n.1.so", "lower.add-n.2.so"}
 
 
-def test_gpu_target_gets_the_kernels_and_skips_without_a_gpu(workspace: Workspace):
+def test_gpu_target_gets_the_kernels_with_their_sources_and_skips_without_a_gpu(workspace: Workspace):
     targets = ["//upper:test_kernels", "//upper:test_kernels_gpu"]
     assert workspace.tests_run(*targets) == dict.fromkeys(targets, "PASSED")
     log = (workspace.path / "bazel-testlogs/upper/test_kernels_gpu/test.log").read_text()
     assert "1 skipped" in log
     runfiles = workspace.path / "bazel-bin/upper/test_kernels_gpu.sh.runfiles"
     assert len(list(runfiles.glob("*/lower/kernels/prebuilt/*.so"))) == 3
+    assert {path.name for path in runfiles.glob("*/lower/kernels/*.py")} == {"add.py", "scale.py"}
