@@ -39,7 +39,8 @@ def torchrun(out: Path, log: Path) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     train = ["-m", "sonicmoe", "train", "--expert-parallel", "2", "--timeout", "30", "--device", "cpu", "--out", str(out), *OPTIONS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    # The launcher looks at its processes seldom, so that the one that is left finds out by itself before it is asked to stop.
+    launcher += ["--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "5"]
     return subprocess.Popen([*launcher, *train], stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
 
 
