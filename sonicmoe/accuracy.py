@@ -41,8 +41,12 @@ def blocks(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(tensor.split(TOKENS_PER_BLOCK if name in _PER_TOKEN else 1)) if tensor.numel() else iter(())
 
 
-def measure(name: str, got: torch.Tensor, oracle: torch.Tensor) -> Error:
+def measure(name: str, got: torch.Tensor, oracle: torch.Tensor, size: torch.Tensor | None = None) -> Error:
     """The error of one tensor.
+
+    One with a size counts as at least that, as a whole and block by block, and a block as at least 0.3 of the blocks' root mean square:
+    a row of the router's gradient may nearly cancel by chance, or be that of an expert that nobody chose, and relative to itself it would
+    be all rounding. Dropping one token of a thousand still moves a row by 0.03 of its norm.
 
     Where the oracle's norm is 0 (an expert without rows), the error is 0 for exact zeros and infinite otherwise. A result
     that is not finite has infinite error. The sums run in float64, a block at a time.
@@ -51,6 +55,7 @@ def measure(name: str, got: torch.Tensor, oracle: torch.Tensor) -> Error:
         name: one of `TENSORS`; decides what a block is.
         got: any float dtype.
         oracle: same shape, float64 (or float32).
+        size: one norm for each row (first dimension), as `sonicmoe.oracle` gives them for dscore and drouter.
 
     Raises:
         ValueError: shapes differ, or the oracle is not finite.
@@ -61,19 +66,21 @@ def measure(name: str, got: torch.Tensor, oracle: torch.Tensor) -> Error:
     if not got.is_floating_point() or torch.promote_types(got.dtype, oracle.dtype) != oracle.dtype:
         raise TypeError(f"{name} has dtype {got.dtype}: must be floating point and no wider than the oracle's {oracle.dtype}")
     rows = []
-    for got_block, oracle_block in zip(blocks(name, got), blocks(name, oracle), strict=True):
+    sizes = blocks(name, oracle.new_zeros(len(oracle)) if size is None else size)
+    for got_block, oracle_block, size_block in zip(blocks(name, got), blocks(name, oracle), sizes, strict=True):
         wide = oracle_block.double()
         difference = got_block.to(wide.device, torch.float64) - wide
-        rows.append(torch.stack([difference.square().sum(), wide.square().sum(), difference.abs().max()]))
+        squares = [tensor.square().sum() for tensor in (difference, wide, size_block.double())]
+        rows.append(torch.stack([*squares, difference.abs().max()]))
     if not rows:
         return Error(0.0, 0.0, 0.0)
-    squares = torch.stack(rows).tolist()
-    if not all(math.isfinite(norm) for _, norm, _ in squares):
+    differences, norms, least, largest = zip(*torch.stack(rows).tolist(), strict=True)
+    if not all(map(math.isfinite, norms + least)):
         raise ValueError(f"{name}: the oracle is not finite")
-    worst = max(_quotient(difference, norm) for difference, norm, _ in squares)
-    whole = _quotient(sum(row[0] for row in squares), sum(row[1] for row in squares))
-    largest = max(math.inf if math.isnan(row[2]) else row[2] for row in squares)
-    return Error(whole, worst, largest)
+    total = max(sum(norms), sum(least))
+    typical = 0.0 if size is None else 0.3**2 * total / len(norms)
+    worst = max(_quotient(difference, max(*own, typical)) for difference, *own in zip(differences, norms, least, strict=True))
+    return Error(_quotient(sum(differences), total), worst, max(math.inf if math.isnan(value) else value for value in largest))
 
 
 def _quotient(difference: float, norm: float) -> float:
@@ -86,14 +93,15 @@ def _quotient(difference: float, norm: float) -> float:
 
 
 def measure_all(got: Mapping[str, torch.Tensor], oracle: Mapping[str, torch.Tensor]) -> dict[str, Error]:
-    """`measure` for every tensor of the oracle.
+    """`measure` for every tensor of the oracle, with its size where the oracle has one.
 
     Raises:
         ValueError: got has other tensors than the oracle.
     """
-    if got.keys() != oracle.keys():
-        raise ValueError(f"got {', '.join(sorted(got))}: must be the oracle's tensors {', '.join(sorted(oracle))}")
-    return {name: measure(name, got[name], oracle[name]) for name in oracle}
+    expected = [name for name in oracle if not name.endswith(" size")]
+    if got.keys() != set(expected):
+        raise ValueError(f"got {', '.join(sorted(got))}: must be the oracle's tensors {', '.join(sorted(expected))}")
+    return {name: measure(name, got[name], oracle[name], oracle.get(f"{name} size")) for name in expected}
 
 
 def failures(errors: Mapping[str, Error], threshold: Threshold) -> list[str]:

@@ -140,7 +140,8 @@ def judge(problem: Problem, layer: MoE, case: Case) -> Judged:
 def compare(problem: Problem, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Judged:
     """A layer's results next to the oracle's."""
     errors = accuracy.measure_all(got, expected)
-    reference = {name: (_norm(tensor, math.inf), _norm(tensor, 1) / max(tensor.numel(), 1)) for name, tensor in expected.items()}
+    tensors = {name: expected[name] for name in errors}
+    reference = {name: (_norm(tensor, math.inf), _norm(tensor, 1) / max(tensor.numel(), 1)) for name, tensor in tensors.items()}
     return Judged(errors, reference, accuracy.failures(errors, accuracy.THRESHOLDS[cases.DTYPES[problem.dtype]]))
 
 

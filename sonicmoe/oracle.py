@@ -3,6 +3,10 @@
 It shares no code with the backends: one expert after the other, gradients by autograd, no dispatch plan. The same low-precision
 inputs and the same routing (who goes where) go in; scores are computed anew in float64.
 Notation: T tokens, H hidden size, I intermediate size, E experts, R routed slots.
+
+dscore and drouter are sums of dot products with the output's gradient. One of few terms may nearly cancel by chance, and relative to
+itself it is then all rounding. So these come with their sizes, which cannot cancel: the root mean square over random signs of the terms,
+times 1 + 4 / R, for of few roundings one stands out. `sonicmoe.accuracy.measure` judges by them.
 """
 
 import itertools
@@ -12,6 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from routing import Routing
+
+SIGNS = 8
+"""Draws of signs for the size of the router's gradient."""
 
 
 def _swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -54,7 +61,7 @@ def experts(
         score: (R,) to use in place of ``routing.score``.
 
     Returns:
-        o (T, H), dx (T, H), dw_up, dw_down, db_up and db_down where there are biases, dscore (R,); all float64.
+        o (T, H), dx (T, H), dw_up, dw_down, db_up and db_down where there are biases, dscore (R,) and "dscore size" (R,); all float64.
     """
     x, dout = x.detach().double(), dout.detach().double()
     score = (routing.score if score is None else score).detach().double()
@@ -62,8 +69,10 @@ def experts(
     result = {name: torch.zeros_like(x) for name in ("o", "dx")}
     for name, parameter in {"dw_up": w_up, "dw_down": w_down, **biases}.items():
         result[name] = torch.zeros_like(parameter, dtype=torch.float64, memory_format=torch.contiguous_format)
-    result["dscore"] = torch.zeros_like(score)
-    for expert, slots in enumerate(_slots_by_expert(routing.expert_index, len(w_up))):
+    result["dscore"], result["dscore size"] = torch.zeros_like(score), torch.zeros_like(score)
+    slots_by_expert = _slots_by_expert(routing.expert_index, len(w_up))
+    few = 1 + 4 / max(sum(map(len, slots_by_expert)), 1)
+    for expert, slots in enumerate(slots_by_expert):
         if not len(slots):
             continue
         tokens = routing.tokens()[slots].long()
@@ -78,6 +87,7 @@ def experts(
         result["o"].index_add_(0, tokens, rows.detach())
         result["dx"].index_add_(0, tokens, gradients.pop("x"))
         result["dscore"][slots] = gradients.pop("dscore")
+        result["dscore size"][slots] = few * (y.detach() * dout[tokens]).norm(dim=1)
         for name, gradient in gradients.items():
             result[name][expert] = gradient
     return result
@@ -96,7 +106,7 @@ def layer(
     scale: float = 1.0,
     **expert_arguments,
 ) -> dict[str, torch.Tensor]:
-    """`experts` behind a router: also drouter (E, H), and dx through both.
+    """`experts` behind a router: drouter (E, H) and "drouter size" (E,) in place of dscore's, and dx through both.
 
     The logits are the float64 product of the same operands: `sonicmoe.router.router_logits` rounds neither them nor, before float32,
     the result.
@@ -110,11 +120,32 @@ def layer(
     x64 = x.detach().double().requires_grad_()
     weight64 = router_weight.detach().double().requires_grad_()
     with torch.enable_grad():
-        score = scores(F.linear(x64, weight64), routing, scoring=scoring, renormalize=renormalize, scale=scale)
+        logits = F.linear(x64, weight64)
+        score = scores(logits, routing, scoring=scoring, renormalize=renormalize, scale=scale)
     result = experts(x, w_up, w_down, routing, dout, score=score, **expert_arguments)
-    dx_router, result["drouter"] = torch.autograd.grad(score, (x64, weight64), result.pop("dscore"))
-    result["dx"] += dx_router
+    through_router(result, score, logits, x64, weight64)
     return result
+
+
+def through_router(
+    result: dict[str, torch.Tensor], score: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, router_weight: torch.Tensor
+) -> None:
+    """Go on from dscore in the result of `experts` to drouter and dx, through a graph that makes score of logits, and these of x.
+
+    A score that hardly depends on the logits, as that of one expert divided by itself, is the difference of terms of order one, worked out
+    in float32: its derivative counts as at least 1e-3.
+    """
+    size, token_squares = result.pop("dscore size"), x.detach().square().sum(dim=1)
+    terms = size.square().sum() * token_squares.sum() / max(len(x), 1)
+    squares = (1e-6 * terms / logits.shape[1]).repeat(logits.shape[1])
+    generator = torch.Generator(size.device).manual_seed(0)
+    for _ in range(SIGNS):
+        signs = torch.randint(2, size.shape, generator=generator, device=size.device) * 2 - 1
+        (dlogits,) = torch.autograd.grad(score, logits, size * signs, retain_graph=True)
+        squares += token_squares @ dlogits.square_() / SIGNS
+    result["drouter size"] = squares.sqrt()
+    dx, result["drouter"] = torch.autograd.grad(score, (x, router_weight), result.pop("dscore"))
+    result["dx"] += dx
 
 
 def scores(logits: torch.Tensor, routing: Routing, *, scoring: str, renormalize: bool, scale: float) -> torch.Tensor:

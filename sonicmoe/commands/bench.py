@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from sonicmoe.benchmark import Problem
 
 DESCRIPTION = """Judge one MoE layer against the float64 oracle, then time it in inference, forward, forward+backward and backward next
-to the GEMM bound, its products alone. Normally distributed data. Exit code 1 where an error is above its threshold. With --peers
+to the GEMM bound, its products alone. Normally distributed data. Exit code 1 where an error is above its threshold; the router's gradient,
+whose few terms may cancel by chance, is judged relative to its size on average over their signs where it is smaller. With --peers
 other implementations of the experts run beside this one on the same weights, inputs and routing, each in a process of its own. Under
 torchrun, --expert-parallel N spreads the experts over N processes with T tokens each, and times the exchange next to the backend's own."""
 

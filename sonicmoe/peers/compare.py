@@ -202,7 +202,8 @@ class Judge:
         found = {}
         for name, tensor in got.items():
             tensor_name = name.removesuffix(" inference")
-            found[name] = accuracy.measure(tensor_name, tensor.to(self.expected[tensor_name].device), self.expected[tensor_name])
+            expected, size = self.expected[tensor_name], self.expected.get(f"{tensor_name} size")
+            found[name] = accuracy.measure(tensor_name, tensor.to(expected.device), expected, size)
         return found
 
 

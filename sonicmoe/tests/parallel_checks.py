@@ -52,13 +52,11 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
     Args:
         expert: size of the expert-parallel group.
         split: tokens of each of its ranks.
-        options: dtype, k, sizes, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), output_is_gradient
-            (the output's gradient is the output itself), those of `cases.make_case`, and those of `expert_parallel`; capacity stands
-            for a `PaddedOverGloo` transport.
+        options: dtype, k, sizes, router (of RouterConfig), everyone_to (the only rank whose experts are chosen), those of
+            `cases.make_case`, and those of `expert_parallel`; capacity stands for a `PaddedOverGloo` transport.
     """
-    options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, "output_is_gradient": False, **options}
-    names = ("dtype", "k", "router", "everyone_to", "output_is_gradient")
-    dtype, k, router, everyone_to, output_is_gradient = (options.pop(name) for name in names)
+    options = {"dtype": "fp64", "k": SIZES.K, "router": {}, "everyone_to": None, **options}
+    dtype, k, router, everyone_to = (options.pop(name) for name in ("dtype", "k", "router", "everyone_to"))
     of_case = {name: options.pop(name) for name in ("activation", "bias", "gate_up_layout") if name in options}
     sizes = options.pop("sizes", SIZES)._replace(T=sum(split), K=k)
     router = RouterConfig(k=k, **router)
@@ -67,9 +65,6 @@ def errors(expert: int, split: list[int], options: dict) -> dict[str, list[float
         owner = torch.arange(sizes.E, device=case.x.device) // (sizes.E // expert) == everyone_to
         weight = case.router_weight.abs() * torch.where(owner, 1.0, -1.0).to(case.x.dtype).unsqueeze(1)
         case = dataclasses.replace(case, x=case.x.abs(), router_weight=weight)
-    if output_is_gradient:
-        with torch.no_grad():
-            case = dataclasses.replace(case, dout=case.layer("reference")(case.x))
     if "capacity" in options:
         chunk_tokens = -(-max(split) // options.get("chunks", 1))
         options["transport"] = PaddedOverGloo(mesh(expert)["expert"].get_group(), chunk_tokens, options.pop("capacity"))

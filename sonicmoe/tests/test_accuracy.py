@@ -1,10 +1,12 @@
 """The judge is judged: each way of being wrong that it exists for must fail."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from routing import RouterConfig
 from sonicmoe import accuracy, cases
 from sonicmoe.accuracy import Error, Threshold, failures, measure
 from sonicmoe.thiek import Thiek
@@ -99,3 +101,57 @@ def test_shapes_dtypes_and_names_must_agree():
         accuracy.measure_all({"o": oracle, "dx": oracle}, {"o": oracle})
     with pytest.raises(ValueError, match=r"o: the oracle is not finite"):
         measure("o", oracle, oracle.clone().fill_(math.nan))
+
+
+ROUTERS = {
+    "softmax": RouterConfig(k=2),
+    "softmax of one": RouterConfig(k=1),
+    "softmax of all": RouterConfig(k=8),
+    "renormalized": RouterConfig(k=2, renormalize=True),
+    "renormalized over one, no gradient": RouterConfig(k=1, renormalize=True),
+    "sigmoid": RouterConfig(k=2, scoring="sigmoid", renormalize=True),
+}
+
+
+def few_tokens(router, seed, tokens=5):
+    case = cases.make_case(Thiek(tokens, 32, 16, 8, router.k), seed=seed, router=router)
+    got, routing = cases.run(case.layer("reference"), case)
+    return case, got, routing, case.oracle(routing)
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+def test_a_correct_router_of_few_tokens_passes(router, tokens):
+    """Relative to itself alone each second of these gradients would be above the threshold."""
+    for seed in range(10):
+        _, got, _, oracle = few_tokens(router, seed, tokens)
+        assert failures(accuracy.measure_all(got, oracle), THRESHOLD) == [], seed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_wrong_router_of_few_tokens_fails(seed):
+    case, got, routing, oracle = few_tokens(ROUTERS["softmax"], seed)
+    right = got["drouter"]
+    without = dataclasses.replace(case, dout=case.dout.index_fill(0, torch.tensor([3]), 0)).oracle(routing)["drouter"]
+    planted = {
+        "5 % too large": right.float() * 1.05,
+        "5 % too small": right.float() * 0.95,
+        "a token dropped": right.double() - oracle["drouter"] + without,
+        "rows exchanged": right[[0, 1, 5, 3, 4, 2, 6, 7]],
+        "not a number": right.clone().fill_(math.nan),
+    }
+    for name, wrong in planted.items():
+        error = measure("drouter", wrong.to(right.dtype), oracle["drouter"], oracle["drouter size"])
+        assert failures({"drouter": error}, THRESHOLD), name
+
+
+def test_a_row_counts_as_its_size_and_as_a_share_of_the_typical_row():
+    """Rows of norm 10, 1 and 0 and sizes 2, 4 and 0, each off by 0.1; the typical row is 0.3 of sqrt(101 / 3) = 1.74."""
+    oracle = torch.tensor([[10.0], [1.0], [0.0]], dtype=torch.float64)
+    size = torch.tensor([2.0, 4.0, 0.0], dtype=torch.float64)
+    error = measure("drouter", oracle + 0.1, oracle, size)
+    assert error.whole == pytest.approx(0.1 * math.sqrt(3 / 101))
+    assert error.worst_block == pytest.approx(0.1 / (0.3 * math.sqrt(101 / 3)))
+    only = torch.tensor([[0.0], [0.1], [0.0]], dtype=torch.float64)
+    assert measure("drouter", oracle + only, oracle, size).worst_block == pytest.approx(0.1 / 4)
+    assert measure("drouter", oracle + only, oracle, 10 * size).whole == pytest.approx(0.1 / math.sqrt(20**2 + 40**2))

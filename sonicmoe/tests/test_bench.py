@@ -90,7 +90,6 @@ def test_tables_name_tensors_and_modes(capsys):
 
 
 def test_report_passes_and_says_that_it_is_scaled_down(capsys, monkeypatch):
-    """With one seed: of the few rows of so small a router some seeds have one whose gradient nearly vanishes."""
     monkeypatch.setattr(report, "scaled_down", lambda sizes: sizes._replace(T=sizes.T // 64, H=64, I=32, E=sizes.E // 8))
     assert cli.main(["report", "--device", "cpu", "--seed", "1"]) == 0
     printed = capsys.readouterr().out

@@ -96,3 +96,19 @@ def test_router_gradient_agrees_with_finite_differences():
         ends = [(x + sign * nudge, weight) if name == "dx" else (x, weight + sign * nudge) for sign in (1, -1)]
         slope = (loss(*ends[0]) - loss(*ends[1])) / (2 * step)
         assert result[name][2, 1].item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_sizes_by_hand():
+    """Of one token and one expert whose y is (3, 4), with dout (1, -1): dscore is -1, and 5 on average over signs, times 1 + 4 / 1."""
+    x = torch.tensor([[2.0, 0.0]])
+    w_up, w_down = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([[[3.0 / 4], [4.0 / 4]], [[0.0], [0.0]]])
+    routing = make_routing([0], [0], [1.0], num_tokens=1, num_experts=2)
+    arguments = (routing, torch.tensor([[1.0, -1.0]]))
+    result = oracle.experts(x, w_up, w_down, *arguments, activation="relu_squared")
+    assert (result["dscore"].item(), result["dscore size"].item()) == (-1, 25)
+    # A sigmoid of 0 has the derivative 1/4: drouter is x / 4 * dscore in row 0. Both rows have half the floor of 1e-3 * 25 * |x| squared.
+    result = oracle.layer(x, torch.zeros(2, 2), w_up, w_down, *arguments, scoring="sigmoid", activation="relu_squared")
+    assert result["drouter"].tolist() == [[-0.5, 0.0], [0.0, 0.0]]
+    floor = 1e-3 * 50 / math.sqrt(2)
+    assert result["drouter size"].tolist() == pytest.approx([math.hypot(12.5, floor), floor])
+    assert "dscore size" not in result

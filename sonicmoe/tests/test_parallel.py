@@ -99,9 +99,10 @@ def test_equals_the_single_device(ranks: LocalGroup, name: str):
         assert all(whole <= 1e-13 and worst <= 1e-12 for whole, worst in found.values()), found
 
 
+@pytest.mark.parametrize("split", [[20, 25, 15, 30], [1, 0, 4, 0]], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_equals_the_single_device_in_low_precision(ranks: LocalGroup, dtype: str):
-    for found in ranks.run(checks.errors, 4, [20, 25, 15, 30], {"dtype": dtype, "bias": True, "chunks": 2}):
+def test_equals_the_single_device_in_low_precision(ranks: LocalGroup, dtype: str, split: list[int]):
+    for found in ranks.run(checks.errors, 4, split, {"dtype": dtype, "bias": True, "chunks": 2}):
         limit = accuracy.THRESHOLDS[DTYPES[dtype]]
         assert all(whole <= limit.whole and worst <= limit.worst_block for whole, worst in found.values()), found
 

@@ -22,7 +22,6 @@ from testing.matrix.plan import UNGATED, experts_problem
 from testing.matrix.results import Check, check
 from testing.matrix.route import check_route, route, with_sentinels
 
-FEW_ROWS = 64
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -54,7 +53,6 @@ def measure_layer(cell: LayerCell, profile: Profile, seed: int, device: str) -> 
         first = run_layer(cell, problem)
     expected = run_oracle(cell, problem)
     errors = accuracy.measure_all(first, expected)
-    errors["drouter"] = router_error(cell, problem, first["drouter"], expected["drouter"])
     with torch.no_grad(), poisoned():
         inference, _ = _forward(cell, problem, problem.x, problem.router_weight, problem.parameters)
     errors["o"] = max(errors["o"], accuracy.measure("o", inference, expected["o"]), key=lambda error: error.worst_block)
@@ -73,35 +71,6 @@ def check_repeats(cell: LayerCell, problem: Problem, first: dict[str, torch.Tens
         different.update(name for name in first if not _same_bits(first[name], again[name]))
     found = ", ".join(f"{name} in {count}" for name, count in different.items())
     return check("same bits", not different, f"other bits than in the first run: {found} of {repeats - 1} runs")
-
-
-def router_error(cell: LayerCell, problem: Problem, got: torch.Tensor, expected: torch.Tensor) -> accuracy.Error:
-    """The error of the router's gradient (E, H), relative to sizes that cannot vanish by chance.
-
-    A row is a sum over an expert's tokens, each weighted by a dot product that may nearly cancel. One of few tokens, or of an
-    expert that nobody chose under a renormalised softmax, may be far smaller than its terms, and relative to itself it is all
-    rounding. So a row counts as at least 0.3 of the rows' root mean square: dropping one token of a thousand still moves a row
-    by 0.03 of its norm. With at most FEW_ROWS routed rows the whole gradient is such a sum; it then counts as at least what
-    other output gradients give on average, and as nothing averages out, 1 + 8 / sqrt(R) times that.
-    """
-    plain = accuracy.measure("drouter", got, expected)
-    rows = len(problem.x) * problem.per_token
-    if rows == 0:
-        return plain
-    gap, norm = (got.double() - expected).norm(dim=1), expected.norm(dim=1)
-    typical = norm.norm()
-    if rows <= FEW_ROWS:
-        generator = torch.Generator().manual_seed(problem.seed + 1)
-        others = [torch.randn(problem.dout.shape, generator=generator).to(problem.dout) for _ in range(8)]
-        squares = [run_oracle(cell, problem._replace(dout=dout))["drouter"].square().sum() for dout in others]
-        typical = torch.maximum(typical, torch.stack(squares).mean().sqrt()) * (1 + 8 / math.sqrt(rows))
-    row_scale = torch.maximum(norm, 0.3 * typical / math.sqrt(len(norm)))
-    return plain._replace(whole=_quotient(gap.norm(), typical).item(), worst_block=_quotient(gap, row_scale).max().item())
-
-
-def _quotient(gap: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """gap / scale, 0 where both are 0, infinite where it is not a number."""
-    return torch.where(gap == 0, 0.0, gap / scale).nan_to_num(nan=math.inf)
 
 
 def _json(value: float) -> float | None:
@@ -196,9 +165,7 @@ def run_oracle(cell: LayerCell, problem: Problem) -> dict[str, torch.Tensor]:
         activation=cell.activation,
         gate_up_layout=cell.layout,
     )
-    dx, drouter = torch.autograd.grad(routed.score, (x, router_weight), result.pop("dscore"))
-    result["dx"] += dx
-    result["drouter"] = drouter
+    oracle.through_router(result, routed.score, logits, x, router_weight)
     return result
 
 

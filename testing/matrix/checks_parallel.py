@@ -111,9 +111,7 @@ def _measure(cell: ParallelCell, seed: int, processes: Any) -> dict[str, Any]:
     got, routing = judging.run_layer(layer, case, processes.expert, split)
     again, _ = judging.run_layer(layer, case, processes.expert, split)
     different = sorted(name for name in got if not torch.equal(got[name].view(torch.uint8), again[name].view(torch.uint8)))
-    expected = case.oracle(routing)
-    errors = {name: error._asdict() for name, error in accuracy.measure_all(got, expected).items()}
-    errors["drouter"] |= _router_error(got["drouter"].double(), expected["drouter"])
+    errors = {name: error._asdict() for name, error in accuracy.measure_all(got, case.oracle(routing)).items()}
     missed = abs(routing.token_index.shape[0] - cell.thiek.rows)
     checks = [
         {"name": "same bits", "passed": not different, "why": f"other bits in the second run: {', '.join(different)}" if different else ""},
@@ -130,13 +128,6 @@ def _measure(cell: ParallelCell, seed: int, processes: Any) -> dict[str, Any]:
             name: {scope: error[scope] if math.isfinite(error[scope]) else None for scope in scopes} for name, error in errors.items()
         },
     }
-
-
-def _router_error(got: Any, expected: Any) -> dict[str, float]:
-    """Rows count as no less than 0.3 of their root mean square, as in checks_layer.router_error."""
-    gap, norm = (got - expected).norm(dim=1), expected.norm(dim=1)
-    least = 0.3 * norm.square().mean().sqrt()
-    return {"worst_block": (gap / norm.clamp(min=least)).nan_to_num(nan=math.inf).max().item()}
 
 
 if __name__ == "__main__":
