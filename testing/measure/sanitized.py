@@ -301,7 +301,7 @@ def _hold(checks: list[Check]) -> None:
 
 def main(name: str, device: str, seed: str) -> None:
     faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
-    if device != "cpu":
+    if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     with poisoned():
         CASES[name](device, int(seed))
