@@ -36,7 +36,7 @@ from testing.measure.dispatch import LARGEST_LOGIT_ERROR
 
 RIGHT = "values right"
 """The last line of a process whose values were right."""
-TIMEOUT_S = 300
+TIMEOUT_S = 500
 """After which a process ends itself; the sanitizer's end would leave it running."""
 STOPPED = "Timeout ("
 """What it prints on stderr then."""
@@ -174,21 +174,27 @@ def travels(device: str, seed: int) -> None:
         _same(*arrivals, "arrivals")
 
 
-def up_projection(device: str, seed: int) -> None:
-    """In every tile, with z and with a bias."""
-    for tile, bias in itertools.product((TALL, PAIR, WIDE, SMALL), (False, True)):
-        for counts in [FEW_ROWS] if tile is SMALL else COUNTS:
+def up_projection(tile: Tile) -> Callable[[str, int], None]:
+    """With z and with a bias."""
+
+    def run(device: str, seed: int) -> None:
+        for counts, bias in itertools.product([FEW_ROWS] if tile is SMALL else COUNTS, (False, True)):
             case, store_z = _case(counts, device, seed, bias), not bias and tile is not SMALL
             with _taking(hopper, "up_tile", tile):
                 kernel_cases.check_up_projection(case, _operations(device).up_projection, store_z=store_z)
 
+    return run
 
-def down_projection(device: str, seed: int) -> None:
-    """In every tile, with and without bias."""
-    for tile, bias in itertools.product((SMALL, TALL, BROAD, WIDE), (False, True)):
-        for counts in [FEW_ROWS] if tile is SMALL else _turned():
+
+def down_projection(tile: Tile) -> Callable[[str, int], None]:
+    """With and without bias."""
+
+    def run(device: str, seed: int) -> None:
+        for counts, bias in itertools.product([FEW_ROWS] if tile is SMALL else _turned(), (False, True)):
             with _taking(hopper, "down_tile", tile):
                 kernel_cases.check_down_projection(_case(counts, device, seed, bias), _operations(device).down_projection)
+
+    return run
 
 
 def activation_backward(tile: Tile) -> Callable[[str, int], None]:
@@ -240,11 +246,9 @@ CASES: dict[str, Callable[[str, int], None]] = {
     "plan": plan,
     "gather-sum": gather_sum,
     "travel": travels,
-    "up": up_projection,
-    "down": down_projection,
-    "activation-backward-wide": activation_backward(WIDE),
-    "activation-backward-pair": activation_backward(PAIR),
-    "activation-backward-lone": activation_backward(LONE),
+    **{f"up-{name}": up_projection(tile) for name, tile in {"tall": TALL, "pair": PAIR, "wide": WIDE, "small": SMALL}.items()},
+    **{f"down-{name}": down_projection(tile) for name, tile in {"tall": TALL, "broad": BROAD, "wide": WIDE, "small": SMALL}.items()},
+    **{f"activation-backward-{name}": activation_backward(tile) for name, tile in {"wide": WIDE, "pair": PAIR, "lone": LONE}.items()},
     "weight-grads": weight_grads,
     "dx-rows": dx_rows,
     "layer": layer,

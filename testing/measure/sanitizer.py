@@ -20,16 +20,16 @@ from testing.measure.start import failure, run_child
 SANITIZER = "compute-sanitizer"
 _ERRORS = r"ERROR SUMMARY: (\d+) errors?$"
 TOOLS = {
-    "memcheck": _ERRORS,
     "racecheck": r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)$",
+    "memcheck": _ERRORS,
     "synccheck": _ERRORS,
 }
-"""With the line of each that says how many errors there were."""
+"""With the line of each that says how many errors there were; first the one that takes ten times as long."""
 ENVIRONMENT = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
 """A tensor has an allocation of its own, so that reading beyond its end is an error."""
 QUICK_CASE = "plan"
 """The one case of --quick."""
-PROCESSES = 6
+PROCESSES = 10
 """At a time."""
 LONGEST_NAME = 40
 
