@@ -12,9 +12,9 @@ data race, a missing fence, a deadlock, an address outside the tensors is an :cl
 docs/emulator.md says what is emulated and what is not.
 """
 
-from cute_runtime.emulator.host import emulation
+from cute_runtime.emulator.host import emulation, h100_properties
 from cute_runtime.emulator.objects import Compiled, compiled
 from cute_runtime.emulator.ptx import PTXError
 from cute_runtime.emulator.run import EmulationError, Statistics, launch, run_ptx
 
-__all__ = ["Compiled", "EmulationError", "PTXError", "Statistics", "compiled", "emulation", "launch", "run_ptx"]
+__all__ = ["Compiled", "EmulationError", "PTXError", "Statistics", "compiled", "emulation", "h100_properties", "launch", "run_ptx"]

@@ -46,7 +46,7 @@ def emulation(*, seed: int = 0, multiprocessors: int = 4, **options: Any) -> Ite
         return contextlib.nullcontext() if is_cpu(device) else real_device(device)
 
     def properties(device: Any = None) -> Any:
-        return types.SimpleNamespace(multi_processor_count=multiprocessors) if is_cpu(device) else real_properties(device)
+        return h100_properties(multiprocessors) if is_cpu(device) else real_properties(device)
 
     previous, _active = _active, {"statistics": statistics, "options": {"seed": seed, "history": [], **options}}
     try:
@@ -62,6 +62,11 @@ def emulation(*, seed: int = 0, multiprocessors: int = 4, **options: Any) -> Ite
             yield statistics
     finally:
         _active = previous
+
+
+def h100_properties(multiprocessors: int = 132) -> types.SimpleNamespace:
+    """What host halves ask of torch.cuda.get_device_properties, of an H100."""
+    return types.SimpleNamespace(multi_processor_count=multiprocessors, memory_clock_rate=2_619_000, memory_bus_width=5120)
 
 
 def _loader(real_load: Callable[[Variant], Callable[..., None]]) -> Callable[[Variant], Callable[..., None]]:

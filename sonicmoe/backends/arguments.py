@@ -1,11 +1,14 @@
 """What the host halves of the expert kernels, forward and backward, ask of their arguments."""
 
+import functools
+
 import torch
 
 import cute_runtime
 from dispatch import DispatchPlan
 from dispatch.chunk_counts import MAX_SIZE, multiprocessors
 from dispatch.kernels.sizes import TICKETS
+from sonicmoe.kernels.tiles import FAST_MEMORY
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -86,6 +89,13 @@ def check_gradient_reach(rows: int, name: str, experts: int, expert_rows: int) -
 def blocks(device: torch.device) -> int:
     """One persistent block a multiprocessor, an even number so that clusters of two are whole."""
     return multiprocessors(device) // 2 * 2
+
+
+@functools.cache
+def fast_memory(device: torch.device) -> bool:
+    """Whether a GPU's memory is so fast that `sonicmoe.kernels.tiles` chooses otherwise than on an H100."""
+    properties = torch.cuda.get_device_properties(device)
+    return 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 >= FAST_MEMORY
 
 
 def tickets(plan: DispatchPlan) -> torch.Tensor:

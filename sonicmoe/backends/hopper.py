@@ -14,7 +14,17 @@ import torch
 import cute_runtime
 from dispatch import DispatchPlan, debug, gather_sum_hopper, plan_hopper
 from sonicmoe.activations import is_gated
-from sonicmoe.backends.arguments import DTYPES, MOST_GATHERED, as_stored, blocks, check_gathered, check_matrices, check_reach, tickets
+from sonicmoe.backends.arguments import (
+    DTYPES,
+    MOST_GATHERED,
+    as_stored,
+    blocks,
+    check_gathered,
+    check_matrices,
+    check_reach,
+    fast_memory,
+    tickets,
+)
 from sonicmoe.backends.hopper_backward import activation_backward, down_weight_grad, dx_rows, up_weight_grad
 from sonicmoe.kernels import variants
 from sonicmoe.kernels.tiles import down_tile, up_tile
@@ -124,12 +134,12 @@ def _forward_launch(
         raise ValueError(f"x: {tokens * hidden} elements: must be at most {MOST_GATHERED}")
     if not slots or not tokens:
         return None
-    uniform = slots_per_token is not None
-    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias, up_transposed)
+    uniform, fast = slots_per_token is not None, fast_memory(device)
+    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias, up_transposed, fast)
     return ForwardLaunch(
         plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
         up,
-        _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed),
+        _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed, fast),
         gather_sum_hopper.kernel(dtype, uniform, score),
         (slots, reduced),
         (slots, width),
@@ -164,7 +174,7 @@ def up_projection(
     check_gathered(x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
     kernel, a_width = _up_launch(
-        rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None, transposed
+        rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None, transposed, fast_memory(x.device)
     )
     a = x.new_empty(rows, a_width)
     z = x.new_empty(rows, width) if store_z else None
@@ -192,7 +202,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     check_matrices(a=a, w_down=stored, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
-    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None, transposed)
+    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None, transposed, fast_memory(a.device))
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
@@ -212,6 +222,7 @@ def _up_launch(
     store_z: bool,
     bias: bool,
     transposed: bool,
+    fast: bool,
 ) -> tuple[Callable[..., None] | None, int]:
     """The kernel for these sizes, None where there is nothing to compute, and the columns of a."""
     gated = is_gated(activation)
@@ -220,7 +231,7 @@ def _up_launch(
         return None, columns
     check_reach(rows, w_up=width * hidden)
     variant = variants.up_projection(
-        tile=up_tile(rows=rows, experts=experts, store_z=store_z),
+        tile=up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast),
         dtype=DTYPES[dtype],
         activation=activation,
         interleaved=gated and gate_up_layout == "interleaved",
@@ -233,11 +244,11 @@ def _up_launch(
 
 @functools.lru_cache(maxsize=1024)
 def _down_launch(
-    rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool, transposed: bool
+    rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool, transposed: bool, fast: bool
 ) -> Callable[..., None] | None:
     """The kernel for these sizes, None where there is nothing to compute."""
     if rows == 0:
         return None
     check_reach(rows, w_down=hidden * reduced)
-    tile = down_tile(rows=rows, experts=experts, reduced=reduced)
+    tile = down_tile(rows=rows, experts=experts, reduced=reduced, fast_memory=fast)
     return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias, transposed=transposed))

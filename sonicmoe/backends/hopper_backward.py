@@ -22,6 +22,7 @@ from sonicmoe.backends.arguments import (
     check_gradient_reach,
     check_matrices,
     check_reach,
+    fast_memory,
     tickets,
 )
 from sonicmoe.kernels import variants
@@ -71,12 +72,13 @@ def activation_backward(
     )
     dz = (z if overwrite_z else torch.empty_like(z)) if need_dz else None
     scaled_a = z.new_empty(rows, columns) if need_scaled_a else None
-    partial = weights.new_empty(partial_lines(rows, w_down.shape[0], columns), rows) if need_dscore else None
+    partial = weights.new_empty(partial_lines(rows, w_down.shape[0], columns, dout.device), rows) if need_dscore else None
     dscore = torch.empty_like(weights) if need_dscore else None
     if rows == 0:
         return dz, None if dscore is None else dscore.to(score.dtype), scaled_a
     wanted = {"dz": need_dz, "dscore": need_dscore, "scaled_a": need_scaled_a}
-    kernel = activation_backward_kernel(rows, w_down.shape[0], dout.dtype, activation, gate_up_layout, transposed=transposed, **wanted)
+    kinds = (dout.dtype, dout.device, activation, gate_up_layout)
+    kernel = activation_backward_kernel(rows, w_down.shape[0], *kinds, transposed=transposed, **wanted)
     with cute_runtime.on_device(dout.device):
         kernel(
             dout,
@@ -140,7 +142,7 @@ def dx_rows(dz: torch.Tensor, w_up: torch.Tensor, plan: DispatchPlan) -> torch.T
     out = dz.new_empty(rows, w_up.shape[2])
     if rows == 0:
         return out
-    kernel = dx_rows_kernel(rows, w_up.shape[0], dz.dtype, transposed)
+    kernel = dx_rows_kernel(rows, w_up.shape[0], dz.dtype, dz.device, transposed)
     with cute_runtime.on_device(dz.device):
         kernel(dz, stored, plan.offsets, tickets(plan), out, blocks(dz.device))
     return out
@@ -182,19 +184,27 @@ def _bias_grad(rows: torch.Tensor, plan: DispatchPlan, score: torch.Tensor | Non
 
 
 def activation_backward_kernel(
-    rows: int, experts: int, dtype: torch.dtype, activation: str, gate_up_layout: str, *, transposed: bool = False, **wanted: bool
+    rows: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str,
+    gate_up_layout: str,
+    *,
+    transposed: bool = False,
+    **wanted: bool,
 ) -> Callable[..., None]:
     """(dout, w_down, z, score, offsets, tickets, row_to_token, row_to_slot, dz | None, scaled_a | None, partial | None, blocks), where
     partial has a line for each of the tile's columns and ``wanted`` is dz, dscore, scaled_a."""
     interleaved = is_gated(activation) and gate_up_layout == "interleaved"
-    tile = activation_backward_tile(rows=rows, experts=experts)
+    tile = activation_backward_tile(rows=rows, experts=experts, fast_memory=fast_memory(device))
     options = {"dtype": DTYPES[dtype], "activation": activation, "interleaved": interleaved, "transposed": transposed}
     return _kernel(variants.activation_backward(tile=tile, **options, **wanted))
 
 
-def partial_lines(rows: int, experts: int, columns: int) -> int:
+def partial_lines(rows: int, experts: int, columns: int, device: torch.device) -> int:
     """Lines of activation_backward's partial sums for I=columns."""
-    return -(-columns // activation_backward_tile(rows=rows, experts=experts).n)
+    return -(-columns // activation_backward_tile(rows=rows, experts=experts, fast_memory=fast_memory(device)).n)
 
 
 def score_grad_kernel(dtype: torch.dtype, bias: bool) -> Callable[..., None]:
@@ -212,9 +222,10 @@ def bias_grad_kernel(dtype: torch.dtype, gathered: bool) -> Callable[..., None]:
     return _kernel(variants.bias_grad(dtype=DTYPES[dtype], gathered=gathered))
 
 
-def dx_rows_kernel(rows: int, experts: int, dtype: torch.dtype, transposed: bool = False) -> Callable[..., None]:
+def dx_rows_kernel(rows: int, experts: int, dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Callable[..., None]:
     """(dz, w_up, offsets, tickets, out, blocks)."""
-    return _kernel(variants.dx_rows(tile=dx_tile(rows=rows, experts=experts), dtype=DTYPES[dtype], transposed=transposed))
+    tile = dx_tile(rows=rows, experts=experts, fast_memory=fast_memory(device))
+    return _kernel(variants.dx_rows(tile=tile, dtype=DTYPES[dtype], transposed=transposed))
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def backward(
     (kept, z), scratch = keeping(experts, rows, (rows, width), dtype), Parts("scratch")
     kept.add_over("dscore", "score", torch.float32, rows)
     scratch.add("scaled_a", dtype, rows, columns)
-    scratch.add("partial", torch.float32, kernels.partial_lines(rows, experts, columns), rows)
+    scratch.add("partial", torch.float32, kernels.partial_lines(rows, experts, columns, device), rows)
     if scratch.bytes > rows * hidden * dtype.itemsize:
         return None
     if need_x:
@@ -74,7 +74,8 @@ def backward(
         "db_down": Given(dtype, (experts, hidden)) if bias else None,
     }
     work, each = ("offsets", "tickets"), blocks(device)
-    first = kernels.activation_backward_kernel(rows, experts, dtype, activation, gate_up_layout, dz=True, dscore=True, scaled_a=True)
+    wanted = {"dz": True, "dscore": True, "scaled_a": True}
+    first = kernels.activation_backward_kernel(rows, experts, dtype, device, activation, gate_up_layout, **wanted)
     with_bias = ("dout", "b_down", "offsets", "row_to_token") if bias else (None,) * 4
     calls = [(first, ("dout", "w_down", "z", "score", *work, "row_to_token", "row_to_slot", "z", "scaled_a", "partial", each))]
     if bias:
@@ -90,7 +91,7 @@ def backward(
     ]
     if need_x:
         calls += [
-            (kernels.dx_rows_kernel(rows, experts, dtype), ("z", "w_up", *work, "rows", each)),
+            (kernels.dx_rows_kernel(rows, experts, dtype, device), ("z", "w_up", *work, "rows", each)),
             (gather_sum_hopper.kernel(dtype, True, None), ("rows", None, "slot_to_row", None, None, "dx", k, 0)),
         ]
 

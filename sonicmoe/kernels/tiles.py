@@ -113,73 +113,109 @@ them, 128 KiB of weights in flight, and no consumer without rows."""
 
 TILES = {tile.name: tile for tile in (TALL, PAIR, SQUARE, BROAD, WIDE, LONE, SMALL)}
 
+FAST_MEMORY = 4e12
+"""Bytes a second, as the memory's clock and width promise, from which a device has *fast memory*: an H200 (4.8e12), no H100 (3.35e12).
+With an H100 the weights of 128 and 256 rows an expert take as long to come from memory as anything a tile does about them, and a cluster
+reads each of them once; with an H200 what counts is that no consumer goes without rows."""
+
 FITS_SMALL = 8
-"""Rows an expert has on average up to which SMALL is taken: decoding. Up to 64 rows an expert its stage, 256 multiplying cycles, takes
-less than the 500 cycles in which its weights arrive, so that the rule may reach further where a measurement says so."""
+FITS_SMALL_FAST = 32
+"""Rows an expert has on average up to which SMALL is taken: decoding. On an H100 nothing between 8 and 64 was measured."""
+FITS_BROAD = 96
 FITS_TALL = 160
 FITS_PAIR = 320
-"""Rows an expert has on average up to which nearly all fit one TALL tile, or one PAIR of them, under random routing (the
-deviation of C_e is about its root: 128 +- 34 and 256 +- 48 at three deviations)."""
+"""Rows an expert has on average up to which nearly all fit one tile of 128 rows, one of 192, or one PAIR of them, under random routing
+(the deviation of C_e is about its root: 96 +- 29, 128 +- 34 and 256 +- 48 at three deviations)."""
+MANY_ROWS_FAST = 448
 MANY_ROWS = 1024
 """Rows an expert has on average from which a partly filled last tile of 192 rows costs less than TALL's fewer bytes a product save."""
 
 
-def up_tile(*, rows: int, experts: int, store_z: bool) -> Tile:
+def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool) -> Tile:
     """The tile of the up-projection, whose long reduction (H) hides the epilogue: the one that loads least.
 
     ms in training, TALL / PAIR / WIDE, on one H100 in one run: (32768,4096,1024,128,8), C_e 2048: 6.86 / 7.22 / 7.21;
     (4096,4096,1024,128,8), C_e about 256: 1.80 / 1.24 / 1.29; (4096,4096,1024,256,8), about 128: 1.83 / 1.94 / 1.73;
     (24576,1536,256,128,8), 1536: 0.58 / 0.61 / 0.60; (32768,4096,256,256,16), 2048: 3.69 / 3.94 / 3.84.
+    TALL / BROAD / PAIR / WIDE on one H200: 7.07 / 7.39 / 7.41 / 7.38; 1.28 / 1.21 / 1.32 / 1.32; 1.39 / 1.39 / 2.05 / 1.56;
+    0.57 / 0.61 / 0.59 / 0.59; 3.71 / 4.21 / 3.88 / 3.85. Of (16 C_e,4096,1024,128,8) there, C_e 32, 96, 160, 192, 384, 512:
+    0.54 / 0.54 / 0.82 / 0.63; 0.64 / 0.60 / 1.00 / 0.70; 0.78 / 0.91 / 1.18 / 0.92; 1.11 / 0.97 / 1.25 / 0.99; 1.81 / 1.72 / 2.04 / 1.82;
+    2.13 / 2.17 / 2.52 / 2.28.
 
     SMALL in inference alone, for training does not decode. us, TALL / WIDE / SMALL: Mixtral-8x7B at 1, 8, 64 tokens 167 / 172 / 162,
-    588 / 570 / 572, 655 / 637 / 637; Qwen3-30B-A3B 25.6 / 25.9 / 22.8, 119 / 118 / 111, 277 / 273 / 268.
+    588 / 570 / 572, 655 / 637 / 637; Qwen3-30B-A3B 25.6 / 25.9 / 22.8, 119 / 118 / 111, 277 / 273 / 268. On an H200, TALL / BROAD / SMALL
+    at (16 C_e,4096,1024,128,8), C_e 16, 32, 64: 521 / 523 / 502; 531 / 536 / 514; 589 / 554 / 660.
     """
-    if rows <= FITS_SMALL * experts and not store_z:
+    if rows <= (FITS_SMALL_FAST if fast_memory else FITS_SMALL) * experts and not store_z:
         return SMALL
+    if fast_memory:
+        return TALL if _fits_one_tall(rows, experts) or rows >= MANY_ROWS_FAST * experts else BROAD
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
     return WIDE if rows < MANY_ROWS * experts else TALL
 
 
-def down_tile(*, rows: int, experts: int, reduced: int) -> Tile:
+def down_tile(*, rows: int, experts: int, reduced: int, fast_memory: bool) -> Tile:
     """The tile of the down-projection, ``reduced`` = I: its few stages do not hide the epilogue unless another tile does.
 
     ms, TALL / BROAD / WIDE, same shapes and run: 3.19 / 3.83 / 3.29; 0.61 / 0.58 / 0.60; 0.90 / 0.89 / 0.86; 0.34 / 0.31 / 0.33;
-    2.27 / 2.09 / 2.21. us, TALL / WIDE / SMALL: Mixtral-8x7B 153 / 110 / 98, 328 / 310 / 301, 345 / 326 / 325; Qwen3-30B-A3B
-    17.1 / 15.8 / 13.4, 65 / 63 / 59, 148 / 143 / 139.
+    2.27 / 2.09 / 2.21. On the H200: 3.41 / 3.32 / 3.55; 0.59 / 0.56 / 0.64; 0.65 / 0.71 / 0.78; 0.33 / 0.28 / 0.33; 2.22 / 1.95 / 2.23;
+    of (16 C_e,4096,1024,128,8), C_e 32, 96, 160, 192, 384: 0.28 / 0.28 / 0.32; 0.33 / 0.32 / 0.36; 0.37 / 0.44 / 0.47; 0.50 / 0.48 / 0.51;
+    0.80 / 0.78 / 0.86.
+
+    us, TALL / WIDE / SMALL: Mixtral-8x7B 153 / 110 / 98, 328 / 310 / 301, 345 / 326 / 325; Qwen3-30B-A3B 17.1 / 15.8 / 13.4,
+    65 / 63 / 59, 148 / 143 / 139. On the H200, TALL / BROAD / SMALL, C_e 16, 32, 64: 277 / 273 / 264; 281 / 277 / 269; 294 / 291 / 322.
     """
-    if rows <= FITS_SMALL * experts:
+    if rows <= (FITS_SMALL_FAST if fast_memory else FITS_SMALL) * experts:
         return SMALL
+    if fast_memory:
+        return TALL if _fits_one_tall(rows, experts) else BROAD
     if reduced <= 512 or FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return BROAD
     return WIDE if rows < MANY_ROWS * experts else TALL
 
 
-def activation_backward_tile(*, rows: int, experts: int) -> Tile:
+def activation_backward_tile(*, rows: int, experts: int, fast_memory: bool) -> Tile:
     """The tile of the activation's backward, whose consumers share the tile, 64 rows each (fed_gemm.py).
 
     ms, LONE / WIDE / PAIR / TALL, same shapes, another run: 3.96 / 4.06 / 4.29 / 4.07; 1.00 / 0.79 / 0.72 / 1.00;
     1.36 / 0.97 / 1.15 / 1.00; 0.43 / 0.43 / 0.45 / 0.45; 2.27 / 2.29 / 2.46 / 2.33. The best of all tiles while the epilogue loaded z
     itself, SQUARE but for the last, LONE: 4.32; 0.75; 1.02; 0.46; 2.39.
+    On the H200: 3.96 / 4.01 / 4.40 / 4.19; 0.71 / 0.72 / 0.76 / 0.76; 0.90 / 0.81 / 1.17 / 0.77; 0.38 / 0.38 / 0.42 / 0.41;
+    2.10 / 2.14 / 2.33 / 2.24; of (16 C_e,4096,1024,128,8), C_e 32, 96, 160, 192, 384, 512: 0.28 / 0.31 / 0.43 / 0.30;
+    0.32 / 0.35 / 0.54 / 0.34; 0.56 / 0.46 / 0.66 / 0.42; 0.58 / 0.50 / 0.73 / 0.65; 1.00 / 0.98 / 1.23 / 1.07; 1.17 / 1.23 / 1.49 / 1.24.
     """
+    if fast_memory:
+        if _fits_one_tall(rows, experts):
+            return TALL
+        return WIDE if FITS_TALL * experts < rows < MANY_ROWS_FAST * experts else LONE
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
     return WIDE if rows < MANY_ROWS * experts else LONE
 
 
-def dx_tile(*, rows: int, experts: int) -> Tile:
+def dx_tile(*, rows: int, experts: int, fast_memory: bool) -> Tile:
     """The tile of dx's rows.
 
     ms, TALL / WIDE / BROAD, same shapes and run: 6.28 / 6.47 / 8.24; 1.30 / 1.17 / 1.21; 1.62 / 1.60 / 1.85; 0.54 / 0.56 / 0.50;
-    3.57 / 3.79 / 3.99.
+    3.57 / 3.79 / 3.99. On the H200: 6.64 / 6.88 / 6.68; 1.15 / 1.20 / 1.11; 1.22 / 1.50 / 1.39; 0.55 / 0.58 / 0.49; 3.73 / 3.98 / 3.42;
+    of (16 C_e,4096,1024,128,8), C_e 32, 96, 160, 192, 384: 0.53 / 0.60 / 0.53; 0.60 / 0.66 / 0.59; 0.68 / 0.89 / 0.86; 0.94 / 0.93 / 0.91;
+    1.55 / 1.63 / 1.53.
     """
+    if fast_memory:
+        return TALL if _fits_one_tall(rows, experts) else BROAD
     return WIDE if rows < MANY_ROWS * experts else TALL
+
+
+def _fits_one_tall(rows: int, experts: int) -> bool:
+    """Whether nearly every expert needs one tile of 192 rows, and many of them two of 128."""
+    return FITS_BROAD * experts < rows <= FITS_TALL * experts
 
 
 def weight_grad_tile() -> Tile:
     """The tile of the weights' gradients: the gathered operand is the narrower one.
 
     ms of dW_up, WIDE / TALL / PAIR, same shapes and run: 7.42 / 6.99 / 7.06; 1.51 / 1.33 / 1.38; 2.19 / 1.82 / 1.85; 0.60 / 0.55 / 0.55;
-    4.05 / 3.62 / 3.69; of dW_down alike.
+    4.05 / 3.62 / 3.69; of dW_down alike. On an H200 too TALL was first at every shape.
     """
     return TALL

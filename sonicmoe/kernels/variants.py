@@ -85,7 +85,7 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
 def up_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
     """All that the up-projection of a layer with these options can load, whatever its sizes, in inference and in training."""
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "bias": bias, "transposed": transposed}
-    tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product((TALL, PAIR, WIDE), (True, False))]
+    tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product((TALL, PAIR, WIDE, BROAD), (True, False))]
     return [*tiles, up_projection(tile=SMALL, **layer, store_z=False)]
 
 
@@ -106,10 +106,10 @@ def backward_variants(
     """The same of the backward. ``results``: of activation_backward.py; all of them where all of the layer's parameters train."""
     wanted = {name: name in results for name in ("dz", "dscore", "scaled_a")}
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "transposed": transposed}
-    first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, PAIR, LONE)] + [score_grad(dtype=dtype, bias=bias)]
+    first = [activation_backward(tile=tile, **layer, **wanted) for tile in (WIDE, PAIR, LONE, TALL)] + [score_grad(dtype=dtype, bias=bias)]
     weights = weight_grads(dtype=dtype, add=False)
     biases = [bias_grad(dtype=dtype, gathered=gathered) for gathered in (False, True)] if bias else []
-    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE)]
+    return first + weights + biases + [dx_rows(tile=tile, dtype=dtype, transposed=transposed) for tile in (TALL, WIDE, BROAD)]
 
 
 def layer_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:

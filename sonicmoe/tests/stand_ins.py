@@ -3,7 +3,6 @@ backend, so that the values tell whether the host half hands over the right tens
 
 import contextlib
 import itertools
-import types
 
 import torch
 import tvm_ffi
@@ -11,6 +10,7 @@ import tvm_ffi
 import cute_runtime
 import dispatch
 from cute_runtime import checks
+from cute_runtime.emulator import h100_properties
 from cute_runtime.emulator.native import native
 from dispatch import DispatchPlan, chunk_counts, count_hopper, gather_sum_hopper, plan_hopper
 from dispatch.kernels.sizes import TICKETS
@@ -18,7 +18,7 @@ from routing import hopper as routing_hopper
 from routing import router_logits_hopper, scores_hopper, top_k, top_k_hopper
 from routing.kernels.logits_tiles import Tile
 from sonicmoe import MoE, backends
-from sonicmoe.backends import hopper, hopper_backward, hopper_layer, hopper_layer_backward, reference
+from sonicmoe.backends import arguments, hopper, hopper_backward, hopper_layer, hopper_layer_backward, reference
 
 T, H, I, E, K = 40, 32, 16, 8, 2
 CACHES = (
@@ -26,7 +26,7 @@ CACHES = (
     *(plan_hopper._load_keys, plan_hopper._load_bounds, count_hopper._kernel),
     *(gather_sum_hopper.kernel, hopper._up_launch, hopper._down_launch, hopper._forward_launch, hopper_layer.forward),
     *(router_logits_hopper._kernel, router_logits_hopper.launch_of, top_k_hopper._kernel, top_k_hopper.launch_of),
-    *(scores_hopper._grad_kernel, hopper_backward._kernel, hopper_layer_backward.backward),
+    *(scores_hopper._grad_kernel, hopper_backward._kernel, hopper_layer_backward.backward, arguments.fast_memory),
 )
 
 
@@ -183,7 +183,7 @@ def standing_in(monkeypatch):
     monkeypatch.setattr(routing_hopper, "is_hopper", lambda device: True)
     monkeypatch.setattr(cute_runtime, "load", kernels.load)
     monkeypatch.setattr(cute_runtime, "on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100_properties())
     yield kernels
     for cache in CACHES:
         cache.cache_clear()

@@ -1,6 +1,7 @@
 """The expert GEMMs without a GPU: tiles obey their rules, one variant of each kind is built for sm_90a and read back, and emulated."""
 
 import re
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from cute_runtime.emulator.tensors import Region, Written
 from dispatch import DispatchPlan, plan
 from dispatch.kernels.sizes import TICKETS
 from sonicmoe.backends import reference
+from sonicmoe.backends.arguments import fast_memory
 from sonicmoe.kernels import tiles, variants
 from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SMALL, SQUARE, TALL, TILES, WIDE, Tile
 
@@ -91,33 +93,71 @@ def test_a_tile_that_breaks_a_rule_is_refused_by_name(tile, rule):
         tile.check()
 
 
+H100, H200 = {"fast_memory": False}, {"fast_memory": True}
+
+
 def test_tiles_follow_the_rows_of_an_expert():
     for store_z in (True, False):
-        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z) is WIDE
-        assert tiles.up_tile(rows=32768, experts=256, store_z=store_z) is WIDE
-        assert tiles.up_tile(rows=32768, experts=128, store_z=store_z) is PAIR
-        assert tiles.up_tile(rows=262144, experts=128, store_z=store_z) is TALL
-    assert tiles.down_tile(rows=4096, experts=64, reduced=1024) is WIDE
-    assert tiles.down_tile(rows=32768, experts=256, reduced=1024) is WIDE
-    assert tiles.down_tile(rows=32768, experts=128, reduced=1024) is BROAD
-    assert tiles.down_tile(rows=262144, experts=128, reduced=1024) is TALL
-    assert tiles.down_tile(rows=524288, experts=256, reduced=256) is BROAD
+        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z, **H100) is WIDE
+        assert tiles.up_tile(rows=32768, experts=256, store_z=store_z, **H100) is WIDE
+        assert tiles.up_tile(rows=32768, experts=128, store_z=store_z, **H100) is PAIR
+        assert tiles.up_tile(rows=262144, experts=128, store_z=store_z, **H100) is TALL
+    assert tiles.down_tile(rows=4096, experts=64, reduced=1024, **H100) is WIDE
+    assert tiles.down_tile(rows=32768, experts=256, reduced=1024, **H100) is WIDE
+    assert tiles.down_tile(rows=32768, experts=128, reduced=1024, **H100) is BROAD
+    assert tiles.down_tile(rows=262144, experts=128, reduced=1024, **H100) is TALL
+    assert tiles.down_tile(rows=524288, experts=256, reduced=256, **H100) is BROAD
 
 
 @pytest.mark.parametrize(("rows", "decoded"), [(8, SMALL), (8 * 128, SMALL), (8 * 128 + 1, WIDE)])
 def test_few_rows_take_the_small_tile_in_inference(rows, decoded):
-    assert tiles.up_tile(rows=rows, experts=128, store_z=False) is decoded
-    assert tiles.up_tile(rows=rows, experts=128, store_z=True) is WIDE
-    assert tiles.down_tile(rows=rows, experts=128, reduced=768) is decoded
+    assert tiles.up_tile(rows=rows, experts=128, store_z=False, **H100) is decoded
+    assert tiles.up_tile(rows=rows, experts=128, store_z=True, **H100) is WIDE
+    assert tiles.down_tile(rows=rows, experts=128, reduced=768, **H100) is decoded
 
 
 def test_tiles_of_the_backward_follow_the_sizes():
-    assert tiles.activation_backward_tile(rows=32768, experts=256) is WIDE
-    assert tiles.activation_backward_tile(rows=32768, experts=128) is PAIR
-    assert tiles.activation_backward_tile(rows=262144, experts=128) is LONE
-    assert tiles.dx_tile(rows=32768, experts=256) is WIDE
-    assert tiles.dx_tile(rows=262144, experts=128) is TALL
+    assert tiles.activation_backward_tile(rows=32768, experts=256, **H100) is WIDE
+    assert tiles.activation_backward_tile(rows=32768, experts=128, **H100) is PAIR
+    assert tiles.activation_backward_tile(rows=262144, experts=128, **H100) is LONE
+    assert tiles.dx_tile(rows=32768, experts=256, **H100) is WIDE
+    assert tiles.dx_tile(rows=262144, experts=128, **H100) is TALL
     assert tiles.weight_grad_tile() is TALL
+
+
+@pytest.mark.parametrize(
+    ("expert_rows", "up", "down", "back", "dx"),
+    [
+        (1, BROAD, SMALL, LONE, BROAD),
+        (32, BROAD, SMALL, LONE, BROAD),
+        (33, BROAD, BROAD, LONE, BROAD),
+        (96, BROAD, BROAD, LONE, BROAD),
+        (97, TALL, TALL, TALL, TALL),
+        (160, TALL, TALL, TALL, TALL),
+        (161, BROAD, BROAD, WIDE, BROAD),
+        (447, BROAD, BROAD, WIDE, BROAD),
+        (448, TALL, BROAD, LONE, BROAD),
+        (2048, TALL, BROAD, LONE, BROAD),
+    ],
+)
+def test_with_fast_memory_the_tile_is_the_one_that_the_rows_fill(expert_rows, up, down, back, dx):
+    known = {"rows": expert_rows * 128, "experts": 128} | H200
+    assert tiles.up_tile(**known, store_z=True) is up
+    assert tiles.up_tile(**known, store_z=False) is (SMALL if down is SMALL else up)
+    assert tiles.down_tile(**known, reduced=1024) is tiles.down_tile(**known, reduced=256) is down
+    assert tiles.activation_backward_tile(**known) is back
+    assert tiles.dx_tile(**known) is dx
+
+
+@pytest.mark.parametrize(
+    ("kilohertz", "bits", "fast"),
+    [(2_619_000, 5120, False), (1_593_000, 5120, False), (2_619_000, 6144, True), (3_201_000, 6016, True)],
+    ids=["H100 SXM", "H100 PCIe", "GH200, 96 GB", "H200"],
+)
+def test_fast_memory_is_told_by_the_devices_properties(monkeypatch, kilohertz, bits, fast):
+    said = types.SimpleNamespace(memory_clock_rate=kilohertz, memory_bus_width=bits)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    assert fast_memory.__wrapped__(torch.device("cuda", 0)) is fast
 
 
 def test_prebuilt_variants_cover_the_tiles_of_the_rules():

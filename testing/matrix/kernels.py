@@ -54,22 +54,20 @@ def layer_options(cell: LayerCell) -> dict[str, Any]:
 
 
 def expert_variants(cell: LayerCell, sizes: Thiek, rows: int) -> set[Variant]:
-    """What the experts of a layer cell load, in inference and in training, with these sizes and so many rows: the choices of hopper.py and
-    hopper_backward.py."""
+    """What the experts of a layer cell load, in inference and in training, with these sizes and so many rows, whatever the GPU's memory:
+    the choices of hopper.py and hopper_backward.py."""
     options = layer_options(cell)
     dtype, bias = options["dtype"], options["bias"]
     wide = {name: value for name, value in options.items() if name != "bias"}
-    found = {
-        variants.up_projection(tile=up_tile(rows=rows, experts=sizes.E, store_z=store_z), **options, store_z=store_z)
-        for store_z in (False, True)
-    }
-    back = activation_backward_tile(rows=rows, experts=sizes.E)
-    found |= {
-        variants.down_projection(tile=down_tile(rows=rows, experts=sizes.E, reduced=sizes.I), dtype=dtype, bias=bias),
-        variants.activation_backward(tile=back, **wide, dz=True, dscore=True, scaled_a=True),
-        variants.score_grad(dtype=dtype, bias=bias),
-        variants.dx_rows(tile=dx_tile(rows=rows, experts=sizes.E), dtype=dtype),
-    }
+    found = {variants.score_grad(dtype=dtype, bias=bias)}
+    for fast_memory in (False, True):
+        known = {"rows": rows, "experts": sizes.E, "fast_memory": fast_memory}
+        found |= {variants.up_projection(tile=up_tile(**known, store_z=store), **options, store_z=store) for store in (False, True)}
+        found |= {
+            variants.down_projection(tile=down_tile(**known, reduced=sizes.I), dtype=dtype, bias=bias),
+            variants.activation_backward(tile=activation_backward_tile(**known), **wide, dz=True, dscore=True, scaled_a=True),
+            variants.dx_rows(tile=dx_tile(**known), dtype=dtype),
+        }
     found |= {variants.weight_grad(tile=weight_grad_tile(), dtype=dtype, transposed=side) for side in (False, True)}
     return found | {variants.bias_grad(dtype=dtype, gathered=side) for side in (False, True) if bias}
 

@@ -151,7 +151,7 @@ KERNELS = (
         lambda t: _weights(t, 2 * t.I, t.T * t.H + 3 * t.rows * t.I),
         hopper,
         "up_tile",
-        (TALL, PAIR, WIDE, LONE),
+        (TALL, BROAD, PAIR, WIDE, LONE),
         _up_variant(True),
     ),
     Kernel(
@@ -163,7 +163,7 @@ KERNELS = (
         lambda t: _weights(t, 2 * t.I, t.T * t.H + t.rows * t.I),
         hopper,
         "up_tile",
-        (TALL, PAIR, WIDE, LONE, SMALL),
+        (TALL, BROAD, PAIR, WIDE, LONE, SMALL),
         _up_variant(False),
     ),
     Kernel(
@@ -189,7 +189,7 @@ KERNELS = (
         lambda t: _weights(t, t.I, t.T * t.H + 5 * t.rows * t.I),
         hopper_backward,
         "activation_backward_tile",
-        (WIDE, LONE, PAIR),
+        (WIDE, LONE, PAIR, TALL),
         lambda tile: [
             variants.activation_backward(tile=tile, **BUILD, dz=True, dscore=True, scaled_a=True),
             variants.score_grad(dtype="bfloat16", bias=False),

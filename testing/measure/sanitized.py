@@ -218,8 +218,8 @@ def weight_grads(device: str, seed: int) -> None:
 
 
 def dx_rows(device: str, seed: int) -> None:
-    """In both tiles."""
-    for tile, counts in itertools.product((TALL, WIDE), _turned()):
+    """In each tile."""
+    for tile, counts in itertools.product((TALL, WIDE, BROAD), _turned()):
         with _taking(hopper_backward, "dx_tile", tile):
             kernel_cases.check_dx_rows(_case(counts, device, seed), _operations(device).dx_rows)
 
@@ -239,6 +239,11 @@ def layer(device: str, seed: int) -> None:
         _same((model(case.x),), (result["o"],), "inference", "training")
 
 
+UP = {"tall": TALL, "broad": BROAD, "pair": PAIR, "wide": WIDE, "small": SMALL}
+DOWN = {"tall": TALL, "broad": BROAD, "wide": WIDE, "small": SMALL}
+BACK = {"wide": WIDE, "pair": PAIR, "lone": LONE, "tall": TALL}
+"""The tiles that kernels/tiles.py may choose."""
+
 CASES: dict[str, Callable[[str, int], None]] = {
     "router-logits": router_logits,
     "top-k": top_k,
@@ -246,9 +251,9 @@ CASES: dict[str, Callable[[str, int], None]] = {
     "plan": plan,
     "gather-sum": gather_sum,
     "travel": travels,
-    **{f"up-{name}": up_projection(tile) for name, tile in {"tall": TALL, "pair": PAIR, "wide": WIDE, "small": SMALL}.items()},
-    **{f"down-{name}": down_projection(tile) for name, tile in {"tall": TALL, "broad": BROAD, "wide": WIDE, "small": SMALL}.items()},
-    **{f"activation-backward-{name}": activation_backward(tile) for name, tile in {"wide": WIDE, "pair": PAIR, "lone": LONE}.items()},
+    **{f"up-{name}": up_projection(tile) for name, tile in UP.items()},
+    **{f"down-{name}": down_projection(tile) for name, tile in DOWN.items()},
+    **{f"activation-backward-{name}": activation_backward(tile) for name, tile in BACK.items()},
     "weight-grads": weight_grads,
     "dx-rows": dx_rows,
     "layer": layer,

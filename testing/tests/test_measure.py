@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import threading
-import types
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ import torch
 import cute_runtime
 import dispatch
 from cute_runtime import checks
+from cute_runtime.emulator import h100_properties
 from dispatch import chunk_counts
 from routing import RouterConfig
 from sonicmoe import devices
-from sonicmoe.backends import hopper, hopper_backward, reference
+from sonicmoe.backends import arguments, hopper, hopper_backward, reference
 from sonicmoe.tests.stand_ins import standing_in
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
 from testing.measure import decode, first_call, host_time, kernels, memory, registry, run, start, step
@@ -311,10 +311,11 @@ def test_each_tile_is_the_one_that_runs(monkeypatch, kernel):
         (cute_runtime, "load", load),
         (cute_runtime, "on_device", lambda device: contextlib.nullcontext()),
         *((module, "is_supported_device", lambda device: True) for module in (cute_runtime, checks)),
-        (torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132)),
+        (torch.cuda, "get_device_properties", lambda device: h100_properties()),
     ):
         monkeypatch.setattr(place, name, value)
-    caches = (chunk_counts.multiprocessors, hopper._up_launch, hopper._down_launch, hopper_backward._kernel, kernels._choices)
+    launches = (hopper._up_launch, hopper._down_launch, hopper_backward._kernel, kernels._choices)
+    caches = (chunk_counts.multiprocessors, arguments.fast_memory, *launches)
     for cache in caches:
         cache.cache_clear()
     for tile in (None, *kernel.tiles, None):

@@ -1,7 +1,6 @@
 """Routing and dispatch need no kernel that is not built with the project, whatever the matrix routes: asked of their host halves."""
 
 import contextlib
-import types
 from itertools import product
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import cute_runtime
 import dispatch
 from cute_runtime import checks
+from cute_runtime.emulator import h100_properties
 from dispatch import chunk_counts, count_hopper, gather_sum_hopper, plan_hopper
 from routing import hopper, rounding_hopper, scores_hopper, top_k_hopper
 from testing.matrix.cells import CountCell, LayerCell, RoutingCell, SpeedCell, load_matrix
@@ -46,7 +46,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     monkeypatch.setattr(cute_runtime, "load", load)
     monkeypatch.setattr(cute_runtime, "on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100_properties())
     yield variants
     for cache in CACHES:
         cache.cache_clear()

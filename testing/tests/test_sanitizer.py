@@ -198,7 +198,12 @@ def test_each_case_holds_on_pytorch(name):
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [("up_projection", "up-pair"), ("down_projection", "down-broad"), ("activation_backward", "activation-backward-pair"), ("dx_rows", "dx-rows")],
+    [
+        ("up_projection", "up-pair"),
+        ("down_projection", "down-broad"),
+        ("activation_backward", "activation-backward-pair"),
+        ("dx_rows", "dx-rows"),
+    ],
 )
 def test_a_case_sees_one_wrong_row(monkeypatch, operation, name):
     right = getattr(reference, operation)
