@@ -15,7 +15,7 @@ from sonicmoe.kernel_cases import (
     poison_new_tensors,
 )
 from sonicmoe.kernels import variants
-from sonicmoe.kernels.tiles import LONE, PAIR, WIDE
+from sonicmoe.kernels.tiles import LONE, PAIR, TALL, WIDE
 from sonicmoe.tests.kernel_options import kernel_options
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ VARIANTS = [
 ]
 """activation, layout, bias and dtype of activation_backward."""
 
-TILES = {tile.name: tile for tile in (WIDE, LONE, PAIR)}
+TILES = {tile.name: tile for tile in (WIDE, LONE, PAIR, TALL)}
 """Of activation_backward."""
 TILE_VARIANTS = [
     ("swiglu", "interleaved", torch.bfloat16),

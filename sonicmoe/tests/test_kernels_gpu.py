@@ -148,7 +148,7 @@ def test_weights_may_be_stored_with_their_last_dimensions_exchanged(case, layout
         assert one[rows:].isnan().all()
 
 
-@pytest.mark.parametrize("rows_per_expert", [4, 16, 256, 1200])
+@pytest.mark.parametrize("rows_per_expert", [4, 16, 128, 256, 1200])
 def test_layer_matches_the_oracle_in_every_tile(rows_per_expert):
     T, H, I, E, K = rows_per_expert * 4, 264, 520, 8, 2
     token = torch.arange(T, device="cuda", dtype=torch.int32).repeat_interleave(K)

@@ -12,6 +12,7 @@ import torch
 
 from cute_runtime import emulator
 from sonicmoe.backends import reference
+from sonicmoe.kernels.tiles import TALL, WIDE
 from testing.matrix.checks_layer import poisoned
 from testing.matrix.results import FAILED, NOT_RUN, PASSED
 from testing.measure import run, sanitized, sanitizer, start
@@ -202,7 +203,7 @@ def test_each_case_holds_on_pytorch(name):
         ("up_projection", "up-pair"),
         ("down_projection", "down-broad"),
         ("activation_backward", "activation-backward-pair"),
-        ("dx_rows", "dx-rows"),
+        ("dx_rows", "dx-rows-wide"),
     ],
 )
 def test_a_case_sees_one_wrong_row(monkeypatch, operation, name):
@@ -219,11 +220,11 @@ def test_a_case_sees_one_wrong_row(monkeypatch, operation, name):
 
 
 def test_a_case_runs_the_kernels_where_it_can(monkeypatch):
-    """Emulated, in both tiles."""
     monkeypatch.setattr(sanitized, "COUNTS", sanitized.COUNTS[:1])
     with poisoned(), emulator.emulation() as launches:
-        sanitized.CASES["dx-rows"]("cpu", 1)
-    assert len({launch.block for launch in launches}) == len(launches) == 2
+        for name in ("dx-rows-tall", "dx-rows-wide"):
+            sanitized.CASES[name]("cpu", 1)
+    assert [launch.block for launch in launches] == [(tile.threads, 1, 1) for tile in (TALL, WIDE)]
 
 
 def test_names_are_one_for_each_tool_and_case():
