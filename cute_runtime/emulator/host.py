@@ -65,8 +65,10 @@ def emulation(*, seed: int = 0, multiprocessors: int = 4, **options: Any) -> Ite
 
 
 def h100_properties(multiprocessors: int = 132) -> types.SimpleNamespace:
-    """What host halves ask of torch.cuda.get_device_properties, of an H100."""
-    return types.SimpleNamespace(multi_processor_count=multiprocessors, memory_clock_rate=2_619_000, memory_bus_width=5120)
+    """What host halves, and PyTorch's compiler, ask of torch.cuda.get_device_properties, of an H100."""
+    return types.SimpleNamespace(
+        multi_processor_count=multiprocessors, memory_clock_rate=2_619_000, memory_bus_width=5120, major=9, minor=0
+    )
 
 
 def _loader(real_load: Callable[[Variant], Callable[..., None]]) -> Callable[[Variant], Callable[..., None]]:

@@ -123,9 +123,10 @@ FITS_SMALL_FAST = 32
 """Rows an expert has on average up to which SMALL is taken: decoding. On an H100 nothing between 8 and 64 was measured."""
 FITS_BROAD = 96
 FITS_TALL = 160
+FITS_TWO_BROAD = 264
 FITS_PAIR = 320
-"""Rows an expert has on average up to which nearly all fit one tile of 128 rows, one of 192, or one PAIR of them, under random routing
-(the deviation of C_e is about its root: 96 +- 29, 128 +- 34 and 256 +- 48 at three deviations)."""
+"""Rows an expert has on average up to which nearly all fit one tile of 128 rows, one of 192, half of them two of 128, or nearly all two of
+192 or a PAIR, under random routing (the deviation of C_e is about its root: 96 +- 29, 128 +- 34 and 256 +- 48 at three deviations)."""
 MANY_ROWS_FAST = 448
 MANY_ROWS = 1024
 """Rows an expert has on average from which a partly filled last tile of 192 rows costs less than TALL's fewer bytes a product save."""
@@ -140,7 +141,7 @@ def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool) -> Til
     TALL / BROAD / PAIR / WIDE on one H200: 7.07 / 7.39 / 7.41 / 7.38; 1.28 / 1.21 / 1.32 / 1.32; 1.39 / 1.39 / 2.05 / 1.56;
     0.57 / 0.61 / 0.59 / 0.59; 3.71 / 4.21 / 3.88 / 3.85. Of (16 C_e,4096,1024,128,8) there, C_e 32, 96, 160, 192, 384, 512:
     0.54 / 0.54 / 0.82 / 0.63; 0.64 / 0.60 / 1.00 / 0.70; 0.78 / 0.91 / 1.18 / 0.92; 1.11 / 0.97 / 1.25 / 0.99; 1.81 / 1.72 / 2.04 / 1.82;
-    2.13 / 2.17 / 2.52 / 2.28.
+    2.13 / 2.17 / 2.52 / 2.28; TALL / BROAD at C_e 240, 272, 304, 320, 352: 1.37 / 1.09; 1.35 / 1.38; 1.38 / 1.45; 1.50 / 1.49; 1.56 / 1.49.
 
     SMALL in inference alone, for training does not decode. us, TALL / WIDE / SMALL: Mixtral-8x7B at 1, 8, 64 tokens 167 / 172 / 162,
     588 / 570 / 572, 655 / 637 / 637; Qwen3-30B-A3B 25.6 / 25.9 / 22.8, 119 / 118 / 111, 277 / 273 / 268. On an H200, TALL / BROAD / SMALL
@@ -149,7 +150,7 @@ def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool) -> Til
     if rows <= (FITS_SMALL_FAST if fast_memory else FITS_SMALL) * experts and not store_z:
         return SMALL
     if fast_memory:
-        return TALL if _fits_one_tall(rows, experts) or rows >= MANY_ROWS_FAST * experts else BROAD
+        return TALL if _fills_tall(rows, experts) or rows >= MANY_ROWS_FAST * experts else BROAD
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
     return WIDE if rows < MANY_ROWS * experts else TALL
@@ -161,7 +162,7 @@ def down_tile(*, rows: int, experts: int, reduced: int, fast_memory: bool) -> Ti
     ms, TALL / BROAD / WIDE, same shapes and run: 3.19 / 3.83 / 3.29; 0.61 / 0.58 / 0.60; 0.90 / 0.89 / 0.86; 0.34 / 0.31 / 0.33;
     2.27 / 2.09 / 2.21. On the H200: 3.41 / 3.32 / 3.55; 0.59 / 0.56 / 0.64; 0.65 / 0.71 / 0.78; 0.33 / 0.28 / 0.33; 2.22 / 1.95 / 2.23;
     of (16 C_e,4096,1024,128,8), C_e 32, 96, 160, 192, 384: 0.28 / 0.28 / 0.32; 0.33 / 0.32 / 0.36; 0.37 / 0.44 / 0.47; 0.50 / 0.48 / 0.51;
-    0.80 / 0.78 / 0.86.
+    0.80 / 0.78 / 0.86; TALL / BROAD at C_e 240, 272, 304, 320, 352: 0.60 / 0.50; 0.61 / 0.63; 0.63 / 0.67; 0.67 / 0.68; 0.70 / 0.67.
 
     us, TALL / WIDE / SMALL: Mixtral-8x7B 153 / 110 / 98, 328 / 310 / 301, 345 / 326 / 325; Qwen3-30B-A3B 17.1 / 15.8 / 13.4,
     65 / 63 / 59, 148 / 143 / 139. On the H200, TALL / BROAD / SMALL, C_e 16, 32, 64: 277 / 273 / 264; 281 / 277 / 269; 294 / 291 / 322.
@@ -169,7 +170,7 @@ def down_tile(*, rows: int, experts: int, reduced: int, fast_memory: bool) -> Ti
     if rows <= (FITS_SMALL_FAST if fast_memory else FITS_SMALL) * experts:
         return SMALL
     if fast_memory:
-        return TALL if _fits_one_tall(rows, experts) else BROAD
+        return TALL if _fills_tall(rows, experts) else BROAD
     if reduced <= 512 or FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return BROAD
     return WIDE if rows < MANY_ROWS * experts else TALL
@@ -186,7 +187,7 @@ def activation_backward_tile(*, rows: int, experts: int, fast_memory: bool) -> T
     0.32 / 0.35 / 0.54 / 0.34; 0.56 / 0.46 / 0.66 / 0.42; 0.58 / 0.50 / 0.73 / 0.65; 1.00 / 0.98 / 1.23 / 1.07; 1.17 / 1.23 / 1.49 / 1.24.
     """
     if fast_memory:
-        if _fits_one_tall(rows, experts):
+        if rows <= FITS_TALL * experts and _fills_tall(rows, experts):
             return TALL
         return WIDE if FITS_TALL * experts < rows < MANY_ROWS_FAST * experts else LONE
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
@@ -200,16 +201,16 @@ def dx_tile(*, rows: int, experts: int, fast_memory: bool) -> Tile:
     ms, TALL / WIDE / BROAD, same shapes and run: 6.28 / 6.47 / 8.24; 1.30 / 1.17 / 1.21; 1.62 / 1.60 / 1.85; 0.54 / 0.56 / 0.50;
     3.57 / 3.79 / 3.99. On the H200: 6.64 / 6.88 / 6.68; 1.15 / 1.20 / 1.11; 1.22 / 1.50 / 1.39; 0.55 / 0.58 / 0.49; 3.73 / 3.98 / 3.42;
     of (16 C_e,4096,1024,128,8), C_e 32, 96, 160, 192, 384: 0.53 / 0.60 / 0.53; 0.60 / 0.66 / 0.59; 0.68 / 0.89 / 0.86; 0.94 / 0.93 / 0.91;
-    1.55 / 1.63 / 1.53.
+    1.55 / 1.63 / 1.53; TALL / BROAD at C_e 240, 272, 304, 320, 352: 1.18 / 0.98; 1.21 / 1.28; 1.22 / 1.33; 1.32 / 1.37; 1.36 / 1.34.
     """
     if fast_memory:
-        return TALL if _fits_one_tall(rows, experts) else BROAD
+        return TALL if _fills_tall(rows, experts) else BROAD
     return WIDE if rows < MANY_ROWS * experts else TALL
 
 
-def _fits_one_tall(rows: int, experts: int) -> bool:
-    """Whether nearly every expert needs one tile of 192 rows, and many of them two of 128."""
-    return FITS_BROAD * experts < rows <= FITS_TALL * experts
+def _fills_tall(rows: int, experts: int) -> bool:
+    """Whether most experts need one tile of 192 rows where they need two of 128, or two where they need three."""
+    return FITS_BROAD * experts < rows <= FITS_TALL * experts or FITS_TWO_BROAD * experts < rows <= FITS_PAIR * experts
 
 
 def weight_grad_tile() -> Tile:
