@@ -135,7 +135,7 @@ def test_a_process_with_right_values_under_a_clean_tool_passes(fake):
         ("memcheck", "values right\n", "true", FAILED, "RuntimeError: memcheck printed no summary"),
         ("memcheck", CLEAN["memcheck"], "echo 'cute_runtime.load.MissingKernelError: top_k: no usable object in /x' >&2; false",
          NOT_RUN, "top_k: no usable object"),
-        ("memcheck", "", "echo 'Timeout (0:05:00)!' >&2; false", FAILED, "RuntimeError: not done after 300 s"),
+        ("memcheck", "", "echo 'Timeout (0:05:00)!' >&2; false", FAILED, f"RuntimeError: not done after {sanitized.TIMEOUT_S} s"),
     ],
 )  # fmt: skip
 def test_what_does_not_pass_says_why(fake, tool, summary, command, status, why):
@@ -150,7 +150,7 @@ def test_a_tool_that_does_not_end_is_a_failed_cell(monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(sanitizer, "run_child", run_child)
-    assert run.run_item(item("sanitizer/memcheck/plan"))[0]["why"] == "RuntimeError: not done after 600 s"
+    assert run.run_item(item("sanitizer/memcheck/plan"))[0]["why"] == f"RuntimeError: not done after {2 * sanitized.TIMEOUT_S} s"
 
 
 def test_a_process_ends_itself_and_says_so():
@@ -174,6 +174,7 @@ def test_without_the_tool_or_a_gpu_nothing_is_run(monkeypatch):
 @pytest.mark.usefixtures("there")
 def test_several_processes_run_at_a_time_and_only_those_that_were_chosen(monkeypatch):
     """Each waits for five others, so that one after the other none would end; and for what is measured before them."""
+    monkeypatch.setattr(sanitizer, "PROCESSES", 6)
     meeting, ran = threading.Barrier(sanitizer.PROCESSES, timeout=20), []
 
     def run_child(command, timeout, environment):
