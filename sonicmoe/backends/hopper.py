@@ -230,16 +230,9 @@ def _up_launch(
     if rows == 0:
         return None, columns
     check_reach(rows, w_up=width * hidden)
-    variant = variants.up_projection(
-        tile=up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast),
-        dtype=DTYPES[dtype],
-        activation=activation,
-        interleaved=gated and gate_up_layout == "interleaved",
-        store_z=store_z,
-        bias=bias,
-        transposed=transposed,
-    )
-    return cute_runtime.load(variant), columns
+    layout = {"activation": activation, "interleaved": gated and gate_up_layout == "interleaved", "transposed": transposed}
+    tile = up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast, halves=variants.up_halves(**layout))
+    return cute_runtime.load(variants.up_projection(tile=tile, dtype=DTYPES[dtype], **layout, store_z=store_z, bias=bias)), columns
 
 
 @functools.lru_cache(maxsize=1024)

@@ -132,8 +132,10 @@ MANY_ROWS = 1024
 """Rows an expert has on average from which a partly filled last tile of 192 rows costs less than TALL's fewer bytes a product save."""
 
 
-def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool) -> Tile:
+def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool, halves: bool) -> Tile:
     """The tile of the up-projection, whose long reduction (H) hides the epilogue: the one that loads least.
+
+    ``halves``: the columns of gate and of up are contiguous and apart, so that a box of either must be whole blocks of 64: not BROAD's 96.
 
     ms in training, TALL / PAIR / WIDE, on one H100 in one run: (32768,4096,1024,128,8), C_e 2048: 6.86 / 7.22 / 7.21;
     (4096,4096,1024,128,8), C_e about 256: 1.80 / 1.24 / 1.29; (4096,4096,1024,256,8), about 128: 1.83 / 1.94 / 1.73;
@@ -150,7 +152,7 @@ def up_tile(*, rows: int, experts: int, store_z: bool, fast_memory: bool) -> Til
     if rows <= (FITS_SMALL_FAST if fast_memory else FITS_SMALL) * experts and not store_z:
         return SMALL
     if fast_memory:
-        return TALL if _fills_tall(rows, experts) or rows >= MANY_ROWS_FAST * experts else BROAD
+        return TALL if halves or _fills_tall(rows, experts) or rows >= MANY_ROWS_FAST * experts else BROAD
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
     return WIDE if rows < MANY_ROWS * experts else TALL

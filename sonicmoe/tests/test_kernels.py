@@ -94,14 +94,15 @@ def test_a_tile_that_breaks_a_rule_is_refused_by_name(tile, rule):
 
 
 H100, H200 = {"fast_memory": False}, {"fast_memory": True}
+TOGETHER, APART = {"halves": False}, {"halves": True}
 
 
 def test_tiles_follow_the_rows_of_an_expert():
     for store_z in (True, False):
-        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z, **H100) is WIDE
-        assert tiles.up_tile(rows=32768, experts=256, store_z=store_z, **H100) is WIDE
-        assert tiles.up_tile(rows=32768, experts=128, store_z=store_z, **H100) is PAIR
-        assert tiles.up_tile(rows=262144, experts=128, store_z=store_z, **H100) is TALL
+        assert tiles.up_tile(rows=4096, experts=64, store_z=store_z, **H100, **TOGETHER) is WIDE
+        assert tiles.up_tile(rows=32768, experts=256, store_z=store_z, **H100, **TOGETHER) is WIDE
+        assert tiles.up_tile(rows=32768, experts=128, store_z=store_z, **H100, **TOGETHER) is PAIR
+        assert tiles.up_tile(rows=262144, experts=128, store_z=store_z, **H100, **TOGETHER) is TALL
     assert tiles.down_tile(rows=4096, experts=64, reduced=1024, **H100) is WIDE
     assert tiles.down_tile(rows=32768, experts=256, reduced=1024, **H100) is WIDE
     assert tiles.down_tile(rows=32768, experts=128, reduced=1024, **H100) is BROAD
@@ -111,8 +112,8 @@ def test_tiles_follow_the_rows_of_an_expert():
 
 @pytest.mark.parametrize(("rows", "decoded"), [(8, SMALL), (8 * 128, SMALL), (8 * 128 + 1, WIDE)])
 def test_few_rows_take_the_small_tile_in_inference(rows, decoded):
-    assert tiles.up_tile(rows=rows, experts=128, store_z=False, **H100) is decoded
-    assert tiles.up_tile(rows=rows, experts=128, store_z=True, **H100) is WIDE
+    assert tiles.up_tile(rows=rows, experts=128, store_z=False, **H100, **TOGETHER) is decoded
+    assert tiles.up_tile(rows=rows, experts=128, store_z=True, **H100, **TOGETHER) is WIDE
     assert tiles.down_tile(rows=rows, experts=128, reduced=768, **H100) is decoded
 
 
@@ -146,8 +147,12 @@ def test_tiles_of_the_backward_follow_the_sizes():
 )
 def test_with_fast_memory_the_tile_is_the_one_that_the_rows_fill(expert_rows, up, down, back, dx):
     known = {"rows": expert_rows * 128, "experts": 128} | H200
-    assert tiles.up_tile(**known, store_z=True) is up
-    assert tiles.up_tile(**known, store_z=False) is (SMALL if down is SMALL else up)
+    assert tiles.up_tile(**known, store_z=True, **TOGETHER) is up
+    assert tiles.up_tile(**known, store_z=True, **APART) is TALL
+    for layout in (TOGETHER, APART):
+        assert tiles.up_tile(**known, store_z=False, **layout) is (
+            SMALL if down is SMALL else tiles.up_tile(**known, store_z=True, **layout)
+        )
     assert tiles.down_tile(**known, reduced=1024) is tiles.down_tile(**known, reduced=256) is down
     assert tiles.activation_backward_tile(**known) is back
     assert tiles.dx_tile(**known) is dx

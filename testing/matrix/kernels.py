@@ -62,7 +62,9 @@ def expert_variants(cell: LayerCell, sizes: Thiek, rows: int) -> set[Variant]:
     found = {variants.score_grad(dtype=dtype, bias=bias)}
     for fast_memory in (False, True):
         known = {"rows": rows, "experts": sizes.E, "fast_memory": fast_memory}
-        found |= {variants.up_projection(tile=up_tile(**known, store_z=store), **options, store_z=store) for store in (False, True)}
+        found |= {
+            variants.up_projection(tile=up_tile(**known, store_z=store, halves=False), **options, store_z=store) for store in (False, True)
+        }
         found |= {
             variants.down_projection(tile=down_tile(**known, reduced=sizes.I), dtype=dtype, bias=bias),
             variants.activation_backward(tile=activation_backward_tile(**known), **wide, dz=True, dscore=True, scaled_a=True),
