@@ -160,10 +160,11 @@ def publish_tile(record: tuple, records: cute.Tensor, full: cute.Pointer, empty:
 
 @cute.jit
 def read_tile(records: cute.Tensor, full: cute.Pointer, empty: cute.Pointer, slot: Int32, lap: Int32):
-    """A record of the ring, by all lanes of a warp; frees its slot."""
+    """A record of the ring, for all lanes of a warp; frees its slot. Lane 0 alone reads it, so that who frees it is who has read it."""
     cute.arch.mbarrier_wait(full + slot, lap)
-    record = tuple([records[i, slot] for i in range(records.shape[0])])
-    cute.arch.sync_warp()
+    record = [Int32(0) for _ in range(records.shape[0])]
     if cute.arch.lane_idx() == 0:
+        for i in cutlass.range_constexpr(len(record)):
+            record[i] = records[i, slot]
         cute.arch.mbarrier_arrive(empty + slot)
-    return record
+    return tuple([cute.arch.shuffle_sync(number, 0) for number in record])
