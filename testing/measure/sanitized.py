@@ -17,7 +17,7 @@ import torch
 
 import cute_runtime
 import dispatch
-from dispatch import travel
+from dispatch import gather_sum_hopper, travel
 from routing import Routing, linalg, router_logits_hopper
 from routing.kernels.logits_tiles import TILES
 from sonicmoe import accuracy, backends, cases, kernel_cases
@@ -264,6 +264,17 @@ CASES: dict[str, Callable[[str, int], None]] = {
 """By name: functions of the device and a seed, which raise where a value is wrong."""
 
 
+def beyond(device: str, seed: int) -> None:
+    """Sums rows of y that are not there."""
+    y, score = torch.zeros(64, 128, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
+    slot_to_row = torch.full((64,), 10**6 + seed % 64, dtype=torch.int32, device=device)
+    gather_sum_hopper.kernel(y.dtype, True, score.dtype)(y, score, slot_to_row, None, None, torch.empty_like(y), 1, 0)
+
+
+FAULTS = {"beyond": beyond}
+"""What memcheck must find."""
+
+
 def _generator(device: str, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
@@ -316,7 +327,7 @@ def main(name: str, device: str, seed: str) -> None:
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     with poisoned():
-        CASES[name](device, int(seed))
+        (CASES | FAULTS)[name](device, int(seed))
         if device != "cpu":
             torch.cuda.synchronize()
     print(RIGHT, flush=True)

@@ -27,6 +27,11 @@ TOOLS = {
 """With the line of each that says how many errors there were; first the one that takes ten times as long."""
 ENVIRONMENT = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
 """A tensor has an allocation of its own, so that reading beyond its end is an error."""
+KERNELS = "kns=kernel_cutlass"
+"""What is checked: kernels with this in their name, which are the project's. PyTorch's, which compute what is expected, take most of the
+time under a tool."""
+CONTROL = "beyond"
+"""The case whose fault memcheck must find, of `sanitized.FAULTS`: else the tools check nothing."""
 QUICK_CASE = "plan"
 """The one case of --quick."""
 PROCESSES = 10
@@ -51,7 +56,7 @@ def items(options: Options) -> list[Item]:
             begin = functools.cache(functools.partial(pool.submit, _checked, options, tool, case))
             run = functools.partial(_wait, pool, begin)
             found.append(Item(f"sanitizer/{tool}/{case}", run, why, None if why else begin))
-    return found
+    return [*found, Item("sanitizer/memcheck/control", functools.partial(_control, options), why)]
 
 
 def _no_sanitizer(options: Options) -> str:
@@ -76,15 +81,8 @@ def _checked(options: Options, tool: str, case: str) -> list[dict[str, Any]]:
         NotRunError: it found a kernel neither prebuilt nor in the cache, and has no compiler or no C compiler.
         RuntimeError: it failed otherwise and the tool has no report, or it or the tool did not come to an end.
     """
-    child = [sys.executable, "-m", "testing.measure.sanitized", case, str(options.device), str(options.seed)]
-    command = [SANITIZER, "--tool", tool, "--print-limit", "3", *child]
     begin = time.perf_counter()
-    try:
-        done = run_child(command, 2 * sanitized.TIMEOUT_S, ENVIRONMENT.get(tool, {}))
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done after {2 * sanitized.TIMEOUT_S} s") from None
-    if sanitized.STOPPED in done.stderr:
-        raise RuntimeError(f"not done after {sanitized.TIMEOUT_S} s")
+    done = _ended(options, tool, case)
     found = read(tool, done.stdout)
     right = not done.returncode and sanitized.RIGHT in done.stdout.splitlines()
     if not right and not (found and found.count):
@@ -94,6 +92,33 @@ def _checked(options: Options, tool: str, case: str) -> list[dict[str, Any]]:
     bound = Bound(found.count, "hazards" if tool == "racecheck" else "errors", 0, "at most", everywhere=True)
     seconds = time.perf_counter() - begin
     return [cell(options, f"sanitizer/{tool}/{case}", mode=tool, bound=bound, why=found.first, dtype=None, process_s=seconds)]
+
+
+def _control(options: Options) -> list[dict[str, Any]]:
+    """The cell of a kernel that reads what is not there.
+
+    Raises:
+        RuntimeError: the tool has no report at all, or it or the process did not come to an end.
+    """
+    done = _ended(options, "memcheck", CONTROL)
+    found = read("memcheck", done.stdout)
+    if found is None:
+        raise failure(done)
+    bound = Bound(0 if found.count else 1, "planted faults not found", 0, "at most", everywhere=True)
+    return [cell(options, "sanitizer/memcheck/control", mode="memcheck", bound=bound, dtype=None)]
+
+
+def _ended(options: Options, tool: str, case: str) -> subprocess.CompletedProcess:
+    """A case under a tool, when it has ended."""
+    child = [sys.executable, "-m", "testing.measure.sanitized", case, str(options.device), str(options.seed)]
+    command = [SANITIZER, "--tool", tool, "--print-limit", "3", "--kernel-name", KERNELS, *child]
+    try:
+        done = run_child(command, 2 * sanitized.TIMEOUT_S, ENVIRONMENT.get(tool, {}))
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {2 * sanitized.TIMEOUT_S} s") from None
+    if sanitized.STOPPED in done.stderr:
+        raise RuntimeError(f"not done after {sanitized.TIMEOUT_S} s")
+    return done
 
 
 def read(tool: str, output: str) -> Found | None:

@@ -103,7 +103,7 @@ def fake(monkeypatch, tmp_path):
     def install(summary, command='"$@"'):
         (tmp_path / "summary").write_text(summary)
         path = tmp_path / sanitizer.SANITIZER
-        path.write_text(f'#!/bin/sh\nshift 4\n{command}\nstatus=$?\ncat "{tmp_path}/summary"\nexit $status\n')
+        path.write_text(f'#!/bin/sh\nshift 6\n{command}\nstatus=$?\ncat "{tmp_path}/summary"\nexit $status\n')
         path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
@@ -153,6 +153,20 @@ def test_a_tool_that_does_not_end_is_a_failed_cell(monkeypatch):
     assert run.run_item(item("sanitizer/memcheck/plan"))[0]["why"] == f"RuntimeError: not done after {2 * sanitized.TIMEOUT_S} s"
 
 
+@pytest.mark.parametrize(("output", "command", "status"), [(MEMCHECK, "false", PASSED), (CLEAN["memcheck"], "true", FAILED)])
+def test_the_control_passes_where_its_fault_is_found(fake, output, command, status):
+    fake(output, command)
+    (one,) = run.run_item(item("sanitizer/memcheck/control"))
+    assert one["status"] == status
+    assert one["why"] == ("" if status == PASSED else "1 planted faults not found: must be at most 0")
+
+
+def test_a_control_without_a_report_fails(fake):
+    fake("", "echo gone >&2; false")
+    (one,) = run.run_item(item("sanitizer/memcheck/control"))
+    assert (one["status"], one["why"]) == (FAILED, "RuntimeError: the process ended with 1: gone")
+
+
 def test_a_process_ends_itself_and_says_so():
     code = "import time; from testing.measure import sanitized; sanitized.CASES['x'] = lambda *_: time.sleep(60); sanitized.TIMEOUT_S = 0.1"
     done = start.run_child([start.sys.executable, "-c", f"{code}; sanitized.main('x', 'cpu', '0')"], 60, {})
@@ -167,7 +181,7 @@ def test_without_the_tool_or_a_gpu_nothing_is_run(monkeypatch):
         (dataclasses.replace(FULL, backend="reference"), "needs an sm_90 GPU"),
     ):
         cells = [cell for item in sanitizer.items(options) for cell in run.run_item(item)]
-        assert len(cells) == 3 * len(sanitized.CASES)
+        assert len(cells) == 3 * len(sanitized.CASES) + 1
         assert {(cell["status"], cell["why"]) for cell in cells} == {(NOT_RUN, why)}
 
 
@@ -230,5 +244,5 @@ def test_a_case_runs_the_kernels_where_it_can(monkeypatch):
 
 def test_names_are_one_for_each_tool_and_case():
     names = [item.name for item in sanitizer.items(FULL)]
-    assert len(set(names)) == len(names) == len(sanitizer.TOOLS) * len(sanitized.CASES)
+    assert len(set(names)) == len(names) == len(sanitizer.TOOLS) * len(sanitized.CASES) + 1
     assert all(re.fullmatch(r"sanitizer/(mem|race|sync)check/[a-z-]+", name) for name in names)
