@@ -230,9 +230,10 @@ def _up_launch(
     if rows == 0:
         return None, columns
     check_reach(rows, w_up=width * hidden)
-    layout = {"activation": activation, "interleaved": gated and gate_up_layout == "interleaved", "transposed": transposed}
+    layout = {"interleaved": gated and gate_up_layout == "interleaved", "transposed": transposed}
     tile = up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast, halves=variants.up_halves(**layout))
-    return cute_runtime.load(variants.up_projection(tile=tile, dtype=DTYPES[dtype], **layout, store_z=store_z, bias=bias)), columns
+    variant = variants.up_projection(tile=tile, dtype=DTYPES[dtype], activation=activation, **layout, store_z=store_z, bias=bias)
+    return cute_runtime.load(variant), columns
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,6 @@ from itertools import product
 
 from cute_runtime import Variant
 from sonicmoe.kernels.tiles import BROAD, LONE, PAIR, SMALL, TALL, WIDE, Tile
-from sonicmoe.names import ACTIVATIONS
 
 
 def _stored(transposed: bool) -> dict[str, bool]:
@@ -31,9 +30,9 @@ def up_projection(
     )
 
 
-def up_halves(*, activation: str, interleaved: bool, transposed: bool) -> bool:
-    """What `tiles.up_tile` asks of the weights' layout."""
-    return transposed and ACTIVATIONS[activation] and not interleaved
+def up_halves(*, interleaved: bool, transposed: bool) -> bool:
+    """What `tiles.up_tile` asks of the weights' layout; also of those without a gate, which could do without it."""
+    return transposed and not interleaved
 
 
 def down_projection(*, tile: Tile, dtype: str, bias: bool, transposed: bool = False) -> Variant:
@@ -91,8 +90,7 @@ def dx_rows(*, tile: Tile, dtype: str, transposed: bool = False) -> Variant:
 def up_variants(*, dtype: str, activation: str, interleaved: bool, bias: bool, transposed: bool = False) -> list[Variant]:
     """All that the up-projection of a layer with these options can load, whatever its sizes, in inference and in training."""
     layer = {"dtype": dtype, "activation": activation, "interleaved": interleaved, "bias": bias, "transposed": transposed}
-    halves = up_halves(activation=activation, interleaved=interleaved, transposed=transposed)
-    large = (TALL, PAIR, WIDE) if halves else (TALL, PAIR, WIDE, BROAD)
+    large = (TALL, PAIR, WIDE) if up_halves(interleaved=interleaved, transposed=transposed) else (TALL, PAIR, WIDE, BROAD)
     tiles = [up_projection(tile=tile, **layer, store_z=store_z) for tile, store_z in product(large, (True, False))]
     return [*tiles, up_projection(tile=SMALL, **layer, store_z=False)]
 

@@ -51,7 +51,7 @@ def test_what_needs_a_gpu_is_not_run_with_the_reason_and_never_passed(result):
     assert set(missing) == {
         "dispatch/count_cumsum/1000-16-int32/graph", "dispatch/count_cumsum/1000-16-int64/graph", "start/compiled",
         "memory/peak/48-32-16-8-2", "step/graph/top_k", "step/graph/token_rounding", "step/no-wait/top_k", "step/no-wait/token_rounding",
-        *(f"sanitizer/{tool}/plan" for tool in ("memcheck", "racecheck", "synccheck")),
+        *(f"sanitizer/{tool}/plan" for tool in ("memcheck", "racecheck", "synccheck")), "sanitizer/memcheck/control",
     }  # fmt: skip
     assert all("needs an sm_90 GPU" in why for why in missing.values())
     assert all(cell["passed"] is None for cell in result["cells"] if cell["status"] in (NOT_RUN, MEASURED))
