@@ -134,12 +134,12 @@ def _forward_launch(
         raise ValueError(f"x: {tokens * hidden} elements: must be at most {MOST_GATHERED}")
     if not slots or not tokens:
         return None
-    uniform, fast = slots_per_token is not None, fast_memory(device)
-    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias, up_transposed, fast)
+    uniform = slots_per_token is not None
+    up, reduced = _up_launch(slots, width, experts, hidden, dtype, activation, gate_up_layout, store_z, up_bias, up_transposed, device)
     return ForwardLaunch(
         plan_hopper.uniform_launch(tokens, experts, slots_per_token, index, device) if uniform and experts < plan_hopper.MAX_BINS else None,
         up,
-        _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed, fast),
+        _down_launch(slots, experts, hidden, reduced, dtype, down_bias, down_transposed, device),
         gather_sum_hopper.kernel(dtype, uniform, score),
         (slots, reduced),
         (slots, width),
@@ -174,7 +174,7 @@ def up_projection(
     check_gathered(x=x)
     cute_runtime.check_launch(alignment=4, x=x, offsets=plan.offsets, row_to_token=plan.row_to_token)
     kernel, a_width = _up_launch(
-        rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None, transposed, fast_memory(x.device)
+        rows, width, experts, x.shape[1], x.dtype, activation, gate_up_layout, store_z, b_up is not None, transposed, x.device
     )
     a = x.new_empty(rows, a_width)
     z = x.new_empty(rows, width) if store_z else None
@@ -202,7 +202,7 @@ def down_projection(a: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor 
     check_matrices(a=a, w_down=stored, b_down=b_down)
     cute_runtime.check_launch(alignment=4, a=a, offsets=plan.offsets)
     y = a.new_empty(rows, hidden)
-    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None, transposed, fast_memory(a.device))
+    kernel = _down_launch(rows, experts, hidden, reduced, a.dtype, b_down is not None, transposed, a.device)
     if kernel is not None:
         device = a.device
         with cute_runtime.on_device(device):
@@ -222,7 +222,7 @@ def _up_launch(
     store_z: bool,
     bias: bool,
     transposed: bool,
-    fast: bool,
+    device: torch.device,
 ) -> tuple[Callable[..., None] | None, int]:
     """The kernel for these sizes, None where there is nothing to compute, and the columns of a."""
     gated = is_gated(activation)
@@ -231,18 +231,18 @@ def _up_launch(
         return None, columns
     check_reach(rows, w_up=width * hidden)
     layout = {"interleaved": gated and gate_up_layout == "interleaved", "transposed": transposed}
-    tile = up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast, halves=variants.up_halves(**layout))
+    tile = up_tile(rows=rows, experts=experts, store_z=store_z, fast_memory=fast_memory(device), halves=variants.up_halves(**layout))
     variant = variants.up_projection(tile=tile, dtype=DTYPES[dtype], activation=activation, **layout, store_z=store_z, bias=bias)
     return cute_runtime.load(variant), columns
 
 
 @functools.lru_cache(maxsize=1024)
 def _down_launch(
-    rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool, transposed: bool, fast: bool
+    rows: int, experts: int, hidden: int, reduced: int, dtype: torch.dtype, bias: bool, transposed: bool, device: torch.device
 ) -> Callable[..., None] | None:
     """The kernel for these sizes, None where there is nothing to compute."""
     if rows == 0:
         return None
     check_reach(rows, w_down=hidden * reduced)
-    tile = down_tile(rows=rows, experts=experts, reduced=reduced, fast_memory=fast)
+    tile = down_tile(rows=rows, experts=experts, reduced=reduced, fast_memory=fast_memory(device))
     return cute_runtime.load(variants.down_projection(tile=tile, dtype=DTYPES[dtype], bias=bias, transposed=transposed))

@@ -189,9 +189,9 @@ def activation_backward_tile(*, rows: int, experts: int, fast_memory: bool) -> T
     0.32 / 0.35 / 0.54 / 0.34; 0.56 / 0.46 / 0.66 / 0.42; 0.58 / 0.50 / 0.73 / 0.65; 1.00 / 0.98 / 1.23 / 1.07; 1.17 / 1.23 / 1.49 / 1.24.
     """
     if fast_memory:
-        if rows <= FITS_TALL * experts and _fills_tall(rows, experts):
-            return TALL
-        return WIDE if FITS_TALL * experts < rows < MANY_ROWS_FAST * experts else LONE
+        if rows <= FITS_BROAD * experts or rows >= MANY_ROWS_FAST * experts:
+            return LONE
+        return TALL if rows <= FITS_TALL * experts else WIDE
     if FITS_TALL * experts < rows <= FITS_PAIR * experts:
         return PAIR
     return WIDE if rows < MANY_ROWS * experts else LONE

@@ -36,7 +36,7 @@ from testing.measure.dispatch import LARGEST_LOGIT_ERROR
 
 RIGHT = "values right"
 """The last line of a process whose values were right."""
-TIMEOUT_S = 500
+TIMEOUT_S = 300
 """After which a process ends itself; the sanitizer's end would leave it running."""
 STOPPED = "Timeout ("
 """What it prints on stderr then."""

@@ -24,7 +24,7 @@ TOOLS = {
     "memcheck": _ERRORS,
     "synccheck": _ERRORS,
 }
-"""With the line of each that says how many errors there were; first the one that takes ten times as long."""
+"""With the line of each that says how many errors there were; first the one that takes longest."""
 ENVIRONMENT = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
 """A tensor has an allocation of its own, so that reading beyond its end is an error."""
 KERNELS = "kns=kernel_cutlass"
